@@ -1,0 +1,819 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Changing the mapping: allocating writes, copy on write, zeroes, discard.
+ *
+ * Whatever changes the mapping of guest clusters locks their range first, and
+ * holds it until the change is in the cached L2 block. So there is one change at
+ * a time for each guest cluster, and none of them sees another one half done.
+ * Overwriting data in place changes no mapping and takes no lock; that it may
+ * race with a discard of the same cluster is what epochs are for.
+ *
+ * A write that changes the mapping has three parts: qcow_write_begin() locks the
+ * range and takes host clusters; the caller writes the guest's data, with what
+ * must surround it; qcow_write_end() puts the entries into the L2 block. The new
+ * entries are seen by look-ups only after the data is in the file, and by a
+ * commit likewise (commit.c).
+ *
+ * Waiting for a range is waiting for I/O that was issued already: whoever holds
+ * one waits for no other range.
+ */
+#include <linux/slab.h>
+
+#include <linux/qcow.h>
+
+#include "qcow.h"
+
+static struct qcow_range *qcow_range_conflict(struct qcow_image *image,
+					      const struct qcow_range *range)
+{
+	struct qcow_range *other;
+
+	lockdep_assert_held(&image->lock);
+	list_for_each_entry(other, &image->ranges, node)
+		if (range->first <= other->last && other->first <= range->last)
+			return other;
+	return NULL;
+}
+
+static bool qcow_range_trylock(struct qcow_image *image,
+			       struct qcow_range *range)
+{
+	bool locked = false;
+
+	spin_lock_irq(&image->lock);
+	if (!qcow_range_conflict(image, range)) {
+		list_add(&range->node, &image->ranges);
+		locked = true;
+	}
+	spin_unlock_irq(&image->lock);
+	return locked;
+}
+
+static void qcow_range_lock(struct qcow_image *image, struct qcow_range *range,
+			    u64 first, u64 last)
+{
+	range->first = first;
+	range->last = last;
+	wait_event(image->range_wait, qcow_range_trylock(image, range));
+}
+
+static void qcow_range_unlock(struct qcow_image *image,
+			      struct qcow_range *range)
+{
+	spin_lock_irq(&image->lock);
+	list_del(&range->node);
+	spin_unlock_irq(&image->lock);
+	wake_up_all(&image->range_wait);
+}
+
+/* Give up the part of a locked range behind @last. */
+static void qcow_range_shrink(struct qcow_image *image,
+			      struct qcow_range *range, u64 last)
+{
+	if (range->last == last)
+		return;
+	spin_lock_irq(&image->lock);
+	range->last = last;
+	spin_unlock_irq(&image->lock);
+	wake_up_all(&image->range_wait);
+}
+
+/*
+ * Fill a new L2 table: with zeroes, or with the entries of the table at @from.
+ * The clusters of a shared table are shared as well, so its copy has no COPIED.
+ */
+static int qcow_l2_fill(struct qcow_image *image, u64 to, u64 from, bool zeroed)
+{
+	u32 cluster_size = qcow_cluster_size(image);
+	u32 block_size = qcow_block_size(image);
+	__be64 *entries = image->table_scratch;
+	struct qcow_block *block;
+	u32 pos, i;
+	int err;
+
+	if (!from)
+		return zeroed ? 0 : qcow_file_write_zeroes(&image->file,
+							   cluster_size, to);
+	for (pos = 0; pos < cluster_size; pos += block_size) {
+		block = qcow_block_get(image, from + pos);
+		if (IS_ERR(block))
+			return PTR_ERR(block);
+		for (i = 0; i < block_size / sizeof(__be64); i++)
+			entries[i] = cpu_to_be64(qcow_entry_load(image, block, i) &
+						 ~QCOW_OFLAG_COPIED);
+		qcow_block_put(block);
+		err = qcow_file_write(&image->file, entries, block_size,
+				      to + pos);
+		if (err)
+			return err;
+	}
+	return 0;
+}
+
+/*
+ * Give the guest offset an L2 table of its own: a new one, or a copy of the one
+ * that is shared with a snapshot.
+ */
+static int qcow_l2_make(struct qcow_image *image, u64 guest_offset)
+{
+	u64 old, cluster, got, new;
+	struct qcow_block *block;
+	struct qcow_free *free;
+	unsigned long flags;
+	unsigned int index;
+	bool zeroed;
+	int err;
+
+	/* For the old table, or for the new one if it comes to nothing. */
+	free = qcow_free_alloc(image);
+	if (!free)
+		return -EIO;
+
+	mutex_lock(&image->table_mutex);
+	err = qcow_l1_entry(image, guest_offset, &old);
+	if (err || old & QCOW_OFLAG_COPIED)
+		goto out_unlock;
+	block = qcow_l1_block(image, guest_offset, &index);
+	if (IS_ERR(block)) {
+		err = PTR_ERR(block);
+		goto out_unlock;
+	}
+	err = qcow_block_prepare(block);
+	if (err)
+		goto out_put;
+	err = qcow_alloc_clusters(image, 1, &cluster, &got, &zeroed);
+	if (err)
+		goto out_unprepare;
+
+	new = cluster << image->cluster_bits;
+	old &= QCOW_L1_OFFSET_MASK;
+	free->count = 1;
+	free->punch = false;
+	err = qcow_l2_fill(image, new, old, zeroed);
+
+	spin_lock_irqsave(&image->lock, flags);
+	if (!err) {
+		WRITE_ONCE(((__be64 *)block->data)[index],
+			   cpu_to_be64(new | QCOW_OFLAG_COPIED));
+		qcow_block_dirty_locked(block, QCOW_BLOCK_LINK);
+	}
+	if (err || old) {
+		free->cluster = (err ? new : old) >> image->cluster_bits;
+		qcow_free_queue_locked(image, free);
+		free = NULL;
+	}
+	spin_unlock_irqrestore(&image->lock, flags);
+out_unprepare:
+	qcow_block_unprepare(block);
+out_put:
+	qcow_block_put(block);
+out_unlock:
+	mutex_unlock(&image->table_mutex);
+	if (free)
+		qcow_free_discard(free);
+	return err;
+}
+
+/*
+ * The L2 block for a guest offset, in a table that may be changed, prepared.
+ * An entry can be changed by whoever holds the lock on its cluster's range.
+ */
+static struct qcow_block *qcow_l2_for_write(struct qcow_image *image,
+					    u64 guest_offset,
+					    unsigned int *index)
+{
+	struct qcow_block *block;
+	u64 entry;
+	int err;
+
+	for (;;) {
+		err = qcow_l1_entry(image, guest_offset, &entry);
+		if (err)
+			return ERR_PTR(err);
+		if (entry & QCOW_OFLAG_COPIED)
+			break;
+		err = qcow_l2_make(image, guest_offset);
+		if (err)
+			return ERR_PTR(err);
+	}
+	if ((entry & QCOW_L1_OFFSET_MASK) >=
+	    round_up(qcow_file_size(&image->file),
+		     (u64)qcow_cluster_size(image))) {
+		qcow_image_corrupt(image, "the L2 table for guest offset 0x%llx is at host offset 0x%llx, behind the end of the file",
+				   guest_offset, entry & QCOW_L1_OFFSET_MASK);
+		return ERR_PTR(-EIO);
+	}
+	block = qcow_l2_block(image, entry, guest_offset, index);
+	if (IS_ERR(block))
+		return block;
+	err = qcow_block_prepare(block);
+	if (err) {
+		qcow_block_put(block);
+		return ERR_PTR(err);
+	}
+	return block;
+}
+
+/* How a write treats a cluster. */
+enum qcow_write_kind {
+	QCOW_WRITE_IN_PLACE,	/* data of its own: just overwrite */
+	QCOW_WRITE_REUSE,	/* preallocated and zero: fill and link again */
+	QCOW_WRITE_NEW,		/* take a new cluster */
+};
+
+static int qcow_write_classify(struct qcow_image *image, u64 entry,
+			       u64 guest_offset, enum qcow_write_kind *kind,
+			       u64 *host_offset)
+{
+	enum qcow_extent_type type;
+	int err;
+
+	err = qcow_l2_classify(image, entry, guest_offset, &type, host_offset);
+	if (err)
+		return err;
+	if (!(entry & QCOW_OFLAG_COPIED) || !*host_offset)
+		*kind = QCOW_WRITE_NEW;
+	else
+		*kind = type == QCOW_EXTENT_DATA ? QCOW_WRITE_IN_PLACE :
+						   QCOW_WRITE_REUSE;
+	return 0;
+}
+
+/* How many clusters from the first one on can be treated like it. */
+static int qcow_write_run(struct qcow_image *image, struct qcow_write *write,
+			  enum qcow_write_kind *kind, unsigned int max)
+{
+	u64 guest_offset = write->range.first << image->cluster_bits;
+	enum qcow_write_kind next_kind;
+	u64 host_offset;
+	unsigned int n;
+	u64 entry;
+	int err;
+
+	entry = qcow_entry_load(image, write->l2, write->index);
+	err = qcow_write_classify(image, entry, guest_offset, kind,
+				  &write->host_offset);
+	if (err)
+		return err;
+	for (n = 1; n < max; n++) {
+		guest_offset += qcow_cluster_size(image);
+		entry = qcow_entry_load(image, write->l2, write->index + n);
+		err = qcow_write_classify(image, entry, guest_offset,
+					  &next_kind, &host_offset);
+		if (err || next_kind != *kind)
+			break;
+		if (*kind == QCOW_WRITE_REUSE && host_offset !=
+		    write->host_offset + ((u64)n << image->cluster_bits))
+			break;
+	}
+	write->count = n;
+	return 0;
+}
+
+/* The host cluster that an entry refers to, 0 if none. */
+static u64 qcow_entry_cluster(struct qcow_image *image, u64 entry)
+{
+	return (entry & QCOW_L2_OFFSET_MASK) >> image->cluster_bits;
+}
+
+/*
+ * Add a cluster to the runs that are going to be freed. Nodes are taken before
+ * anything is changed.
+ */
+static int qcow_frees_add(struct qcow_image *image, struct list_head *frees,
+			  u64 cluster, bool punch)
+{
+	struct qcow_free *free;
+
+	if (!list_empty(frees)) {
+		free = list_last_entry(frees, struct qcow_free, node);
+		if (free->cluster + free->count == cluster &&
+		    free->punch == punch) {
+			free->count++;
+			return 0;
+		}
+	}
+	free = qcow_free_alloc(image);
+	if (!free)
+		return -EIO;
+	free->cluster = cluster;
+	free->count = 1;
+	free->punch = punch;
+	list_add_tail(&free->node, frees);
+	return 0;
+}
+
+static void qcow_frees_discard(struct list_head *frees)
+{
+	struct qcow_free *free, *next;
+
+	list_for_each_entry_safe(free, next, frees, node)
+		qcow_free_discard(free);
+	INIT_LIST_HEAD(frees);
+}
+
+static void qcow_frees_queue_locked(struct qcow_image *image,
+				    struct list_head *frees)
+{
+	struct qcow_free *free, *next;
+
+	list_for_each_entry_safe(free, next, frees, node) {
+		list_del(&free->node);
+		qcow_free_queue_locked(image, free);
+	}
+}
+
+/*
+ * Prepare what must stand in the guest range before or behind the data. Short
+ * pieces are left for the caller to write together with the data; long ones, and
+ * copies for which there is no memory, are written here.
+ */
+static int qcow_fill_prepare(struct qcow_chain *chain, u64 guest_offset,
+			     u64 length, u64 host_offset, bool zeroed,
+			     struct qcow_fill *fill)
+{
+	struct qcow_image *image = chain->layers[0];
+	void *buf;
+	bool zero;
+	u64 step;
+	int err;
+
+	if (!length)
+		return 0;
+	zero = qcow_chain_is_zero(chain, 0, guest_offset, length, &err);
+	if (err || (zero && zeroed))
+		return err;
+	if (zero && length > QCOW_MERGE_FILL)
+		return qcow_file_write_zeroes(&image->file, length, host_offset);
+	if (zero) {
+		fill->length = length;
+		return 0;
+	}
+
+	buf = kmalloc(min_t(u64, length, QCOW_MERGE_FILL),
+		      GFP_NOIO | __GFP_NORETRY | __GFP_NOWARN);
+	if (buf && length <= QCOW_MERGE_FILL) {
+		err = qcow_chain_read(chain, guest_offset, length, buf);
+		if (err) {
+			kfree(buf);
+			return err;
+		}
+		fill->length = length;
+		fill->copy = buf;
+		return 0;
+	}
+	step = buf ? QCOW_MERGE_FILL : QCOW_BLOCK_SIZE;
+	if (!buf)
+		mutex_lock(&image->copy_mutex);
+	while (length && !err) {
+		void *copy = buf ?: image->copy_buf;
+
+		step = min(step, length);
+		err = qcow_chain_read(chain, guest_offset, step, copy) ?:
+		      qcow_file_write(&image->file, copy, step, host_offset);
+		guest_offset += step;
+		host_offset += step;
+		length -= step;
+	}
+	if (!buf)
+		mutex_unlock(&image->copy_mutex);
+	kfree(buf);
+	return err;
+}
+
+/* Take new clusters, fewer than wanted if need be, and note what they replace. */
+static int qcow_write_allocate(struct qcow_image *image,
+			       struct qcow_write *write, bool *zeroed)
+{
+	u64 cluster, got;
+	unsigned int i;
+	int err;
+
+	write->abort = qcow_free_alloc(image);
+	if (!write->abort)
+		return -EIO;
+	err = qcow_alloc_clusters(image, write->count, &cluster, &got, zeroed);
+	if (err)
+		return err;
+	write->fresh = true;
+	write->count = got;
+	write->host_offset = cluster << image->cluster_bits;
+	write->abort->cluster = cluster;
+	write->abort->count = got;
+	write->abort->punch = false;
+	for (i = 0; i < got && !err; i++) {
+		u64 entry = qcow_entry_load(image, write->l2, write->index + i);
+
+		if (entry & QCOW_L2_OFFSET_MASK)
+			err = qcow_frees_add(image, &write->frees,
+					     qcow_entry_cluster(image, entry),
+					     false);
+	}
+	return err;
+}
+
+/**
+ * qcow_write_begin - prepare a write that changes the mapping
+ * @chain: the layers
+ * @guest_offset: of the guest's data, bytes, a multiple of 512
+ * @length: of the guest's data, bytes, at least 512
+ * @write: out; @write->length says how much of the data this write takes
+ *
+ * The caller writes head, data and tail to the file, in one piece that begins
+ * @write->head.length bytes before @write->host_offset + @write->data_offset,
+ * and calls qcow_write_end() when that is over.
+ *
+ * Context: may sleep for long. Not inside an epoch. The caller holds no other
+ * range except for I/O that has been issued.
+ *
+ * Return: 0; 1 if the data can be written in place after all, and qcow_map()
+ * tells where; -ENOSPC; or another errno.
+ */
+int qcow_write_begin(struct qcow_chain *chain, u64 guest_offset, u64 length,
+		     struct qcow_write *write)
+{
+	struct qcow_image *image = chain->layers[0];
+	u32 per_block = qcow_block_size(image) / sizeof(__be64);
+	u64 first = guest_offset >> image->cluster_bits;
+	u64 last = (guest_offset + length - 1) >> image->cluster_bits;
+	enum qcow_write_kind kind;
+	bool zeroed = false;
+	u64 end, tail;
+	int err;
+
+	err = qcow_image_error(image);
+	if (err)
+		return err;
+	qcow_commit_throttle(image);
+
+	memset(write, 0, sizeof(*write));
+	INIT_LIST_HEAD(&write->frees);
+	write->image = image;
+	last = min(last, first | (per_block - 1));
+	qcow_range_lock(image, &write->range, first, last);
+
+	write->l2 = qcow_l2_for_write(image, guest_offset, &write->index);
+	if (IS_ERR(write->l2)) {
+		err = PTR_ERR(write->l2);
+		qcow_range_unlock(image, &write->range);
+		return err;
+	}
+	err = qcow_write_run(image, write, &kind, last - first + 1);
+	if (!err && kind == QCOW_WRITE_IN_PLACE)
+		err = 1;
+	if (!err && kind == QCOW_WRITE_NEW)
+		err = qcow_write_allocate(image, write, &zeroed);
+	if (err)
+		goto out_end;
+
+	qcow_range_shrink(image, &write->range, first + write->count - 1);
+	end = (first + write->count) << image->cluster_bits;
+	write->data_offset = guest_offset & (qcow_cluster_size(image) - 1);
+	write->length = min(length, end - guest_offset);
+	tail = end - guest_offset - write->length;
+
+	err = qcow_fill_prepare(chain, guest_offset - write->data_offset,
+				write->data_offset, write->host_offset, zeroed,
+				&write->head);
+	if (!err)
+		err = qcow_fill_prepare(chain, end - tail, tail,
+					write->host_offset + write->data_offset +
+					write->length, zeroed, &write->tail);
+	if (!err)
+		return 0;
+out_end:
+	qcow_write_end(write, err);
+	return err;
+}
+
+/**
+ * qcow_write_end - link the clusters, or give them back
+ * @write: from qcow_write_begin()
+ * @error: 0 if head, data and tail are in the file
+ *
+ * Context: any, interrupts included.
+ */
+void qcow_write_end(struct qcow_write *write, int error)
+{
+	struct qcow_image *image = write->image;
+	__be64 *entries = write->l2->data;
+	unsigned long flags;
+	unsigned int i;
+
+	spin_lock_irqsave(&image->lock, flags);
+	if (!error) {
+		for (i = 0; i < write->count; i++)
+			WRITE_ONCE(entries[write->index + i],
+				   cpu_to_be64((write->host_offset +
+						((u64)i << image->cluster_bits)) |
+					       QCOW_OFLAG_COPIED));
+		qcow_block_dirty_locked(write->l2, QCOW_BLOCK_LINK);
+		qcow_frees_queue_locked(image, &write->frees);
+	} else if (write->fresh) {
+		qcow_free_queue_locked(image, write->abort);
+		write->abort = NULL;
+	}
+	list_del(&write->range.node);
+	spin_unlock_irqrestore(&image->lock, flags);
+	wake_up_all(&image->range_wait);
+
+	qcow_block_unprepare(write->l2);
+	qcow_block_put(write->l2);
+	qcow_frees_discard(&write->frees);
+	if (write->abort)
+		qcow_free_discard(write->abort);
+	kfree(write->head.copy);
+	kfree(write->tail.copy);
+}
+
+/**
+ * qcow_fill_write - write a head or tail by itself
+ * @image: the top layer
+ * @fill: from qcow_write_begin()
+ * @host_offset: where, bytes
+ *
+ * Return: 0 or an errno.
+ */
+int qcow_fill_write(struct qcow_image *image, const struct qcow_fill *fill,
+		    u64 host_offset)
+{
+	if (!fill->length)
+		return 0;
+	if (!fill->copy)
+		return qcow_file_write_zeroes(&image->file, fill->length,
+					      host_offset);
+	return qcow_file_write(&image->file, fill->copy, fill->length,
+			       host_offset);
+}
+
+/* Write zeroes as data, where the zero flag cannot say it. */
+static int qcow_zero_data(struct qcow_chain *chain, u64 guest_offset, u64 length)
+{
+	struct qcow_image *image = chain->layers[0];
+	struct qcow_extent extent;
+	struct qcow_write write;
+	int epoch, err;
+	u64 host;
+
+	while (length) {
+		epoch = qcow_image_enter(image);
+		err = qcow_map(chain, 0, guest_offset, length, &extent);
+		if (!err && extent.in_place && extent.image == image)
+			err = qcow_file_write_zeroes(&image->file,
+						     extent.length,
+						     extent.host_offset);
+		qcow_image_exit(image, epoch);
+		if (err)
+			return err;
+		if (extent.type == QCOW_EXTENT_DATA &&
+		    !(extent.in_place && extent.image == image)) {
+			err = qcow_write_begin(chain, guest_offset,
+					       extent.length, &write);
+			if (err == 1)
+				continue;
+			if (err)
+				return err;
+			host = write.host_offset + write.data_offset;
+			err = qcow_fill_write(image, &write.head,
+					      host - write.head.length) ?:
+			      qcow_file_write_zeroes(&image->file, write.length,
+						     host) ?:
+			      qcow_fill_write(image, &write.tail,
+					      host + write.length);
+			extent.length = write.length;
+			qcow_write_end(&write, err);
+			if (err)
+				return err;
+		}
+		guest_offset += extent.length;
+		length -= extent.length;
+	}
+	return 0;
+}
+
+/* What a request wants of clusters that it covers as a whole. */
+enum qcow_clear_mode {
+	QCOW_CLEAR_ZERO,	/* read as zero, keep the host clusters */
+	QCOW_CLEAR_UNMAP,	/* read as zero, free the host clusters */
+	QCOW_CLEAR_DISCARD,	/* free the host clusters */
+	QCOW_CLEAR_PUNCH,	/* empty the host clusters, but keep them */
+};
+
+/*
+ * The entry that replaces @entry; @entry itself if nothing is to be done. With
+ * *@freed set, the cluster of @entry loses a reference.
+ */
+static u64 qcow_clear_entry(struct qcow_chain *chain, u64 entry,
+			    enum qcow_clear_mode mode, bool *freed)
+{
+	struct qcow_image *image = chain->layers[0];
+	u64 zero = image->header.version >= 3 ? QCOW_OFLAG_ZERO : 0;
+
+	*freed = false;
+	if (!(entry & QCOW_L2_OFFSET_MASK)) {
+		/* Only a zero flag hides what the layers below have. */
+		return chain->depth > 1 ? zero : entry;
+	}
+	if (mode == QCOW_CLEAR_ZERO ||
+	    (mode == QCOW_CLEAR_PUNCH && entry & QCOW_OFLAG_COPIED))
+		return entry | zero;
+	*freed = true;
+	return zero;
+}
+
+/* Empty the host clusters of entries that keep them. Their range is locked. */
+static void qcow_punch_entries(struct qcow_image *image,
+			       struct qcow_block *block, unsigned int index,
+			       unsigned int count)
+{
+	unsigned int i;
+
+	for (i = index; i < index + count && !image->no_punch; i++) {
+		u64 entry = qcow_entry_load(image, block, i);
+
+		if (!(entry & QCOW_OFLAG_COPIED))
+			continue;
+		if (qcow_file_punch(&image->file, entry & QCOW_L2_OFFSET_MASK,
+				    qcow_cluster_size(image)) == -EOPNOTSUPP)
+			image->no_punch = true;
+	}
+}
+
+/* Clear clusters whose entries are in one block of an L2 table. */
+static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
+			    enum qcow_clear_mode mode)
+{
+	struct qcow_image *image = chain->layers[0];
+	u64 guest_offset = first << image->cluster_bits;
+	unsigned int count = last - first + 1;
+	enum qcow_extent_type type;
+	struct qcow_range range;
+	struct qcow_block *block;
+	unsigned int index, i;
+	u64 l1_entry, entry, new, host;
+	bool freed, changes = false;
+	unsigned long flags;
+	LIST_HEAD(frees);
+	__be64 *entries;
+	int err;
+
+	qcow_commit_throttle(image);
+	qcow_range_lock(image, &range, first, last);
+	err = qcow_l1_entry(image, guest_offset, &l1_entry);
+	if (err)
+		goto out_unlock;
+	if (!l1_entry) {
+		/* A discard is no reason to make tables. */
+		if (mode == QCOW_CLEAR_DISCARD || mode == QCOW_CLEAR_PUNCH ||
+		    qcow_chain_is_zero(chain, 1, guest_offset,
+				       (u64)count << image->cluster_bits, &err))
+			goto out_unlock;
+		if (err)
+			goto out_unlock;
+	}
+	block = qcow_l2_for_write(image, guest_offset, &index);
+	if (IS_ERR(block)) {
+		err = PTR_ERR(block);
+		goto out_unlock;
+	}
+
+	/* First see what is to be done and get what it needs, ... */
+	for (i = 0; i < count && !err; i++) {
+		entry = qcow_entry_load(image, block, index + i);
+		err = qcow_l2_classify(image, entry, guest_offset +
+				       ((u64)i << image->cluster_bits), &type,
+				       &host);
+		if (err)
+			break;
+		new = qcow_clear_entry(chain, entry, mode, &freed);
+		changes |= new != entry;
+		if (freed)
+			err = qcow_frees_add(image, &frees,
+					     qcow_entry_cluster(image, entry),
+					     true);
+	}
+	if (err) {
+		qcow_frees_discard(&frees);
+		goto out_put;
+	}
+	/* ... then do it. Nobody else changes these entries meanwhile. */
+	if (changes) {
+		entries = block->data;
+		spin_lock_irqsave(&image->lock, flags);
+		for (i = 0; i < count; i++) {
+			entry = be64_to_cpu(entries[index + i]);
+			new = qcow_clear_entry(chain, entry, mode, &freed);
+			WRITE_ONCE(entries[index + i], cpu_to_be64(new));
+		}
+		qcow_block_dirty_locked(block, QCOW_BLOCK_LINK);
+		qcow_frees_queue_locked(image, &frees);
+		spin_unlock_irqrestore(&image->lock, flags);
+	}
+	if (mode == QCOW_CLEAR_PUNCH)
+		qcow_punch_entries(image, block, index, count);
+out_put:
+	qcow_block_unprepare(block);
+	qcow_block_put(block);
+out_unlock:
+	qcow_range_unlock(image, &range);
+	return err;
+}
+
+static int qcow_clear_clusters(struct qcow_chain *chain, u64 first, u64 end,
+			       enum qcow_clear_mode mode)
+{
+	struct qcow_image *image = chain->layers[0];
+	u32 per_block = qcow_block_size(image) / sizeof(__be64);
+	u64 last;
+	int err;
+
+	for (; first < end; first = last + 1) {
+		last = min(first | (per_block - 1), end - 1);
+		err = qcow_image_error(image) ?:
+		      qcow_clear_block(chain, first, last, mode);
+		if (err)
+			return err;
+		cond_resched();
+	}
+	return 0;
+}
+
+/* The clusters that a range covers; the last one of the disk counts as whole. */
+static void qcow_whole_clusters(const struct qcow_image *image,
+				u64 guest_offset, u64 length, u64 *first,
+				u64 *end)
+{
+	u64 mask = qcow_cluster_size(image) - 1;
+	u64 stop = guest_offset + length;
+
+	*first = (guest_offset + mask) >> image->cluster_bits;
+	if (stop == image->size)
+		stop += mask;
+	*end = max(stop >> image->cluster_bits, *first);
+}
+
+/**
+ * qcow_write_zeroes - make a guest range read as zeroes
+ * @chain: the layers
+ * @guest_offset: bytes, a multiple of 512
+ * @length: bytes, a multiple of 512
+ * @unmap: host clusters may be freed; otherwise they are kept for later writes
+ *
+ * Context: may sleep for long. Not inside an epoch.
+ *
+ * Return: 0 or an errno.
+ */
+int qcow_write_zeroes(struct qcow_chain *chain, u64 guest_offset, u64 length,
+		      bool unmap)
+{
+	struct qcow_image *image = chain->layers[0];
+	u64 stop = guest_offset + length;
+	u64 first, end, from, to;
+	int err;
+
+	err = qcow_image_error(image);
+	if (err)
+		return err;
+	/* Version 2 has no zero flag. */
+	if (image->header.version < 3 && (!unmap || chain->depth > 1))
+		return qcow_zero_data(chain, guest_offset, length);
+
+	qcow_whole_clusters(image, guest_offset, length, &first, &end);
+	if (first == end)
+		return qcow_zero_data(chain, guest_offset, length);
+	from = first << image->cluster_bits;
+	to = min(end << image->cluster_bits, stop);
+	err = qcow_zero_data(chain, guest_offset, from - guest_offset) ?:
+	      qcow_clear_clusters(chain, first, end, unmap ?
+				  QCOW_CLEAR_UNMAP : QCOW_CLEAR_ZERO);
+	return err ?: qcow_zero_data(chain, to, stop - to);
+}
+
+/**
+ * qcow_discard - the guest does not need the content of a range any more
+ * @chain: the layers
+ * @guest_offset: bytes
+ * @length: bytes; only clusters that are covered as a whole are discarded
+ * @keep: empty the host clusters, but keep the mapping to them
+ *
+ * Context: may sleep for long. Not inside an epoch.
+ *
+ * Return: 0 or an errno.
+ */
+int qcow_discard(struct qcow_chain *chain, u64 guest_offset, u64 length,
+		 bool keep)
+{
+	struct qcow_image *image = chain->layers[0];
+	u64 first, end;
+	int err;
+
+	err = qcow_image_error(image);
+	if (err)
+		return err;
+	/* Without a zero flag the content of the backing file would appear. */
+	if (image->header.version < 3 && chain->depth > 1)
+		return 0;
+	qcow_whole_clusters(image, guest_offset, length, &first, &end);
+	return qcow_clear_clusters(chain, first, end, keep ?
+				   QCOW_CLEAR_PUNCH : QCOW_CLEAR_DISCARD);
+}

@@ -1,0 +1,775 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Block devices: /dev/qcowN, from attach to detach.
+ *
+ * A number is reserved in the idr before anything else is done, and given back
+ * after everything else is gone, so a number never stands for two devices. In
+ * between, the idr holds the device itself only while the device is whole: from
+ * the end of the attach to the beginning of the detach. Who finds it there under
+ * qcow_devices_mutex may use all of it until they unlock. That mutex is never
+ * held during I/O.
+ *
+ * Detach and open decide under disk->open_mutex who of them is first: detach
+ * sets @claimed if nobody has the device open, and open fails once it is set.
+ *
+ * The struct lives as long as its disk, which others may hold for a moment after
+ * detach; with everything that a request needs gone by then.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/blkdev.h>
+#include <linux/file.h>
+#include <linux/idr.h>
+#include <linux/module.h>
+#include <linux/sched.h>
+#include <linux/sizes.h>
+#include <linux/slab.h>
+#include <linux/sort.h>
+#include <linux/sysfs.h>
+
+#include "device.h"
+
+#define QCOW_QUEUE_DEPTH	128
+#define QCOW_MAX_HW_QUEUES	16U
+#define QCOW_MAX_SECTORS	8192
+
+static DEFINE_MUTEX(qcow_devices_mutex);
+static DEFINE_IDR(qcow_devices);
+static struct workqueue_struct *qcow_detach_wq;
+
+/* ---- counters ------------------------------------------------------------ */
+
+static void qcow_device_sum(const struct qcow_device *dev,
+			    struct qcow_device_stats *sum)
+{
+	int cpu;
+
+	memset(sum, 0, sizeof(*sum));
+	for_each_possible_cpu(cpu) {
+		const struct qcow_device_stats *stats =
+			per_cpu_ptr(dev->stats, cpu);
+
+		sum->reads += READ_ONCE(stats->reads);
+		sum->writes += READ_ONCE(stats->writes);
+		sum->discards += READ_ONCE(stats->discards);
+		sum->zeroes += READ_ONCE(stats->zeroes);
+		sum->flushes += READ_ONCE(stats->flushes);
+		sum->errors += READ_ONCE(stats->errors);
+	}
+}
+
+static void qcow_cache_sum(const struct qcow_cache *cache,
+			   struct qcow_cache_stats *sum)
+{
+	int cpu;
+
+	memset(sum, 0, sizeof(*sum));
+	for_each_possible_cpu(cpu) {
+		const struct qcow_cache_stats *stats =
+			per_cpu_ptr(cache->stats, cpu);
+
+		sum->hits += READ_ONCE(stats->hits);
+		sum->misses += READ_ONCE(stats->misses);
+	}
+}
+
+/* Of a device that is not going to be detached meanwhile. */
+static void qcow_device_describe(struct qcow_device *dev,
+				 struct qcow_status *status)
+{
+	struct qcow_image *image = dev->chain->layers[0];
+	struct qcow_device_stats stats;
+	struct qcow_cache_stats cache;
+
+	qcow_device_sum(dev, &stats);
+	qcow_cache_sum(dev->cache, &cache);
+
+	status->flags = 0;
+	if (dev->read_only)
+		status->flags |= QCOW_STATUS_READ_ONLY;
+	if (READ_ONCE(dev->deferred))
+		status->flags |= QCOW_STATUS_DETACHING;
+	if (READ_ONCE(image->corrupt) ||
+	    image->header.incompatible & QCOW_INCOMPAT_CORRUPT)
+		status->flags |= QCOW_STATUS_CORRUPT;
+	if (READ_ONCE(image->failed))
+		status->flags |= QCOW_STATUS_FAILED;
+	if (image->file.direct)
+		status->flags |= QCOW_STATUS_DIRECT;
+	status->layer_count = dev->chain->depth;
+	status->virtual_size = image->size;
+	status->version = image->header.version;
+	status->cluster_size = qcow_cluster_size(image);
+	status->refcount_bits = 1U << image->header.refcount_order;
+	status->discard = dev->discard;
+	status->openers = disk_openers(dev->disk);
+	spin_lock(&dev->cache->lock);
+	status->cache_size = dev->cache->count;
+	spin_unlock(&dev->cache->lock);
+	status->cache_limit = dev->cache->limit;
+	status->reads = stats.reads;
+	status->writes = stats.writes;
+	status->discards = stats.discards;
+	status->zeroes = stats.zeroes;
+	status->flushes = stats.flushes;
+	status->clusters_allocated = atomic64_read(&image->clusters_allocated);
+	status->clusters_freed = atomic64_read(&image->clusters_freed);
+	status->cache_hits = cache.hits;
+	status->cache_misses = cache.misses;
+	status->errors = stats.errors;
+}
+
+/* ---- sysfs --------------------------------------------------------------- */
+
+/*
+ * The files in /sys/block/qcowN/qcow. del_gendisk() removes them and waits for
+ * their readers before a detach takes anything apart.
+ */
+static struct qcow_device *qcow_device_of(struct device *dev)
+{
+	return dev_to_disk(dev)->private_data;
+}
+
+static ssize_t image_show(struct device *dev, struct device_attribute *attr,
+			  char *buf)
+{
+	char *path = file_path(qcow_device_of(dev)->files[0], buf,
+			       PAGE_SIZE - 1);
+	size_t len;
+
+	if (IS_ERR(path))
+		return PTR_ERR(path);
+	len = strlen(path);
+	memmove(buf, path, len);
+	buf[len++] = '\n';
+	buf[len] = '\0';
+	return len;
+}
+static DEVICE_ATTR_RO(image);
+
+#define QCOW_STATUS_ATTR(name, member)					\
+static ssize_t name##_show(struct device *dev,				\
+			   struct device_attribute *attr, char *buf)	\
+{									\
+	struct qcow_status status;					\
+	u64 value;							\
+									\
+	qcow_device_describe(qcow_device_of(dev), &status);		\
+	value = status.member;						\
+	return sysfs_emit(buf, "%llu\n", value);			\
+}									\
+static DEVICE_ATTR_RO(name)
+
+QCOW_STATUS_ATTR(format_version, version);
+QCOW_STATUS_ATTR(virtual_size, virtual_size);
+QCOW_STATUS_ATTR(cluster_size, cluster_size);
+QCOW_STATUS_ATTR(read_only, flags & QCOW_STATUS_READ_ONLY ? 1 : 0);
+QCOW_STATUS_ATTR(depth, layer_count);
+QCOW_STATUS_ATTR(cache_size, cache_size);
+QCOW_STATUS_ATTR(cache_limit, cache_limit);
+QCOW_STATUS_ATTR(reads, reads);
+QCOW_STATUS_ATTR(writes, writes);
+QCOW_STATUS_ATTR(discards, discards);
+QCOW_STATUS_ATTR(zeroes, zeroes);
+QCOW_STATUS_ATTR(flushes, flushes);
+QCOW_STATUS_ATTR(errors, errors);
+QCOW_STATUS_ATTR(clusters_allocated, clusters_allocated);
+QCOW_STATUS_ATTR(clusters_freed, clusters_freed);
+QCOW_STATUS_ATTR(cache_hits, cache_hits);
+QCOW_STATUS_ATTR(cache_misses, cache_misses);
+
+static struct attribute *qcow_attrs[] = {
+	&dev_attr_image.attr,
+	&dev_attr_format_version.attr,
+	&dev_attr_virtual_size.attr,
+	&dev_attr_cluster_size.attr,
+	&dev_attr_read_only.attr,
+	&dev_attr_depth.attr,
+	&dev_attr_cache_size.attr,
+	&dev_attr_cache_limit.attr,
+	&dev_attr_reads.attr,
+	&dev_attr_writes.attr,
+	&dev_attr_discards.attr,
+	&dev_attr_zeroes.attr,
+	&dev_attr_flushes.attr,
+	&dev_attr_errors.attr,
+	&dev_attr_clusters_allocated.attr,
+	&dev_attr_clusters_freed.attr,
+	&dev_attr_cache_hits.attr,
+	&dev_attr_cache_misses.attr,
+	NULL
+};
+
+static const struct attribute_group qcow_attr_group = {
+	.name = "qcow",
+	.attrs = qcow_attrs,
+};
+
+static const struct attribute_group *qcow_attr_groups[] = {
+	&qcow_attr_group,
+	NULL
+};
+
+/* ---- open and close ------------------------------------------------------ */
+
+static int QCOW_DISK_OPEN(qcow_disk_open)
+{
+	struct qcow_device *dev = QCOW_OPENED_DISK->private_data;
+
+	return dev->claimed ? -ENXIO : 0;
+}
+
+static void QCOW_DISK_RELEASE(qcow_disk_release)
+{
+	struct qcow_device *dev = disk->private_data;
+
+	if (!dev->deferred || disk_openers(disk))
+		return;
+	/*
+	 * Our caller holds open_mutex, which detach needs. By the time that the
+	 * work runs, somebody else may have detached the device; so it holds it.
+	 */
+	get_device(disk_to_dev(disk));
+	if (!queue_work(qcow_detach_wq, &dev->detach_work))
+		put_disk(disk);
+}
+
+static void qcow_disk_free(struct gendisk *disk)
+{
+	kfree(disk->private_data);
+}
+
+static const struct block_device_operations qcow_disk_ops = {
+	.owner = THIS_MODULE,
+	.open = qcow_disk_open,
+	.release = qcow_disk_release,
+	.free_disk = qcow_disk_free,
+};
+
+/* ---- files and images ---------------------------------------------------- */
+
+/*
+ * Kernel threads have no return to user mode at which fput() would close the
+ * file, and it would be closed some time later.
+ */
+static void qcow_fput(struct file *file)
+{
+	if (current->flags & PF_KTHREAD)
+		__fput_sync(file);
+	else
+		fput(file);
+}
+
+static void qcow_device_put_files(struct qcow_device *dev)
+{
+	while (dev->nr_files)
+		qcow_fput(dev->files[--dev->nr_files]);
+	kvfree(dev->files);
+}
+
+static int qcow_device_get_files(struct qcow_device *dev,
+				 const struct qcow_layer *layers,
+				 unsigned int count, struct qcow_message *msg)
+{
+	dev->files = kvcalloc(count, sizeof(*dev->files), GFP_KERNEL);
+	if (!dev->files)
+		return -ENOMEM;
+	while (dev->nr_files < count) {
+		struct file *file = fget(layers[dev->nr_files].fd);
+
+		if (!file) {
+			qcow_message_set(msg, "the descriptor %d of file %u of the chain is not open",
+					 layers[dev->nr_files].fd,
+					 dev->nr_files);
+			qcow_device_put_files(dev);
+			return -EBADF;
+		}
+		dev->files[dev->nr_files++] = file;
+	}
+	return 0;
+}
+
+static int qcow_compare_files(const void *a, const void *b)
+{
+	const struct inode *x = (*(struct file *const *)a)->f_mapping->host;
+	const struct inode *y = (*(struct file *const *)b)->f_mapping->host;
+
+	return x < y ? -1 : x > y;
+}
+
+/*
+ * A file that is its own backing file would change below itself. That is the
+ * only way for a loop: the new device does not exist yet, so none of the devices
+ * that the files may be on can be above it.
+ */
+static int qcow_device_check_loop(struct qcow_device *dev,
+				  struct qcow_message *msg)
+{
+	struct file **sorted;
+	unsigned int i;
+	int err = 0;
+
+	sorted = kvmalloc_array(dev->nr_files, sizeof(*sorted), GFP_KERNEL);
+	if (!sorted)
+		return -ENOMEM;
+	memcpy(sorted, dev->files, dev->nr_files * sizeof(*sorted));
+	sort(sorted, dev->nr_files, sizeof(*sorted), qcow_compare_files, NULL);
+	for (i = 1; i < dev->nr_files; i++) {
+		if (qcow_compare_files(&sorted[i - 1], &sorted[i]))
+			continue;
+		qcow_message_set(msg, "%pD is in the backing chain twice",
+				 sorted[i]);
+		err = -ELOOP;
+		break;
+	}
+	kvfree(sorted);
+	return err;
+}
+
+/* Close the images, the one that is written first. */
+static int qcow_device_close_chain(struct qcow_device *dev)
+{
+	struct qcow_chain *chain = dev->chain;
+	unsigned int i;
+	int err = 0;
+
+	for (i = 0; i < chain->depth; i++) {
+		int ret = qcow_image_close(chain->layers[i]);
+
+		if (!err)
+			err = ret;
+		cond_resched();
+	}
+	kvfree(chain);
+	return err;
+}
+
+static int qcow_device_open_chain(struct qcow_device *dev,
+				  const struct qcow_attach *args,
+				  const struct qcow_layer *layers,
+				  struct qcow_message *msg)
+{
+	struct qcow_chain *chain;
+	int err;
+
+	chain = kvzalloc(struct_size(chain, layers, dev->nr_files), GFP_KERNEL);
+	if (!chain)
+		return -ENOMEM;
+	dev->chain = chain;
+	while (chain->depth < dev->nr_files) {
+		unsigned int i = chain->depth;
+		struct qcow_message reason = {};
+
+		err = fatal_signal_pending(current) ? -EINTR :
+			qcow_image_open(dev->files[i], layers[i].format,
+					!i && !dev->read_only, args->io_mode,
+					dev->cache, &chain->layers[i], &reason);
+		if (err) {
+			if (i && reason.text[0])
+				qcow_message_set(msg, "backing file %pD: %s",
+						 dev->files[i], reason.text);
+			else
+				*msg = reason;
+			qcow_device_close_chain(dev);
+			return err;
+		}
+		chain->depth++;
+		cond_resched();
+	}
+	return 0;
+}
+
+/* ---- numbers ------------------------------------------------------------- */
+
+static int qcow_index_reserve(int wanted)
+{
+	int start = wanted < 0 ? 0 : wanted;
+	int end = wanted < 0 || wanted == INT_MAX ? 0 : wanted + 1;
+	int index;
+
+	mutex_lock(&qcow_devices_mutex);
+	index = idr_alloc(&qcow_devices, NULL, start, end, GFP_KERNEL);
+	mutex_unlock(&qcow_devices_mutex);
+	return index == -ENOSPC && wanted >= 0 ? -EEXIST : index;
+}
+
+static void qcow_index_release(int index)
+{
+	mutex_lock(&qcow_devices_mutex);
+	idr_remove(&qcow_devices, index);
+	mutex_unlock(&qcow_devices_mutex);
+}
+
+/* From now on the number stands for this device, or for none with NULL. */
+static void qcow_index_publish(int index, struct qcow_device *dev)
+{
+	mutex_lock(&qcow_devices_mutex);
+	idr_replace(&qcow_devices, dev, index);
+	mutex_unlock(&qcow_devices_mutex);
+}
+
+/* ---- attach -------------------------------------------------------------- */
+
+static void qcow_device_limits(const struct qcow_device *dev,
+			       struct qcow_limits *limits)
+{
+	const struct qcow_image *image = dev->chain->layers[0];
+	u32 cluster = qcow_cluster_size(image);
+	unsigned int most;
+	bool zero;
+
+	/* Version 2 has no zero clusters: there, what is below would show. */
+	zero = !dev->read_only &&
+	       (image->header.version > 2 || dev->chain->depth == 1);
+	most = round_down(UINT_MAX >> SECTOR_SHIFT, cluster >> SECTOR_SHIFT);
+
+	*limits = (struct qcow_limits) {
+		.physical_block_size = min_t(u32, cluster, SZ_4K),
+		.io_opt = cluster,
+		.max_hw_sectors = QCOW_MAX_SECTORS,
+		.max_segments = QCOW_MAX_SEGMENTS,
+		.max_write_zeroes_sectors = zero ? most : 0,
+		.write_cache = !dev->read_only,
+		.stable_writes = qcow_stable_writes(dev->files[0]),
+	};
+	if (zero && dev->discard != QCOW_DISCARD_IGNORE) {
+		limits->discard_granularity = cluster;
+		limits->max_discard_sectors = most;
+	}
+}
+
+static int qcow_device_alloc_disk(struct qcow_device *dev)
+{
+	struct qcow_limits limits;
+	struct gendisk *disk;
+	int err;
+
+	dev->tag_set.ops = &qcow_mq_ops;
+	dev->tag_set.nr_hw_queues = min(num_online_cpus(), QCOW_MAX_HW_QUEUES);
+	dev->tag_set.queue_depth = QCOW_QUEUE_DEPTH;
+	dev->tag_set.numa_node = NUMA_NO_NODE;
+	dev->tag_set.flags = QCOW_TAG_SET_FLAGS;
+	dev->tag_set.cmd_size = qcow_request_size();
+	dev->tag_set.driver_data = dev;
+	err = blk_mq_alloc_tag_set(&dev->tag_set);
+	if (err)
+		return err;
+
+	qcow_device_limits(dev, &limits);
+	disk = qcow_alloc_disk(&dev->tag_set, &limits, dev);
+	if (IS_ERR(disk)) {
+		blk_mq_free_tag_set(&dev->tag_set);
+		return PTR_ERR(disk);
+	}
+	snprintf(disk->disk_name, sizeof(disk->disk_name), "qcow%d",
+		 dev->index);
+	disk->fops = &qcow_disk_ops;
+	disk->private_data = dev;
+	set_capacity(disk, dev->chain->layers[0]->size >> SECTOR_SHIFT);
+	if (dev->read_only)
+		set_disk_ro(disk, true);
+	dev->disk = disk;
+	return 0;
+}
+
+static void qcow_detach_work_fn(struct work_struct *work);
+
+/**
+ * qcow_device_attach - make a device
+ * @args: what kind of; its numbers have been checked
+ * @layers: the files, in kernel memory; @args->layer_count of them
+ * @msg: where to say what is wrong
+ * @index: its number
+ *
+ * When this returns, the device has its size, and its partitions are there.
+ *
+ * Return: 0; -EEXIST if the wanted number is taken; -EBADF for a descriptor that
+ * is not open, or not open for what is needed; -ELOOP if a file is there twice;
+ * or another errno, with @msg saying more.
+ */
+int qcow_device_attach(const struct qcow_attach *args,
+		       const struct qcow_layer *layers,
+		       struct qcow_message *msg, int *index)
+{
+	struct qcow_device *dev;
+	int err;
+
+	if (layers[0].format != QCOW_FORMAT_QCOW2) {
+		qcow_message_set(msg, "the image must be qcow2; only backing files may be raw");
+		return -EINVAL;
+	}
+
+	dev = kzalloc(sizeof(*dev), GFP_KERNEL);
+	if (!dev)
+		return -ENOMEM;
+	dev->discard = args->discard;
+	dev->read_only = args->flags & QCOW_ATTACH_READ_ONLY;
+	INIT_WORK(&dev->detach_work, qcow_detach_work_fn);
+
+	dev->index = qcow_index_reserve(args->index);
+	if (dev->index < 0) {
+		err = dev->index;
+		if (err == -EEXIST)
+			qcow_message_set(msg, "qcow%d is in use", args->index);
+		goto err_free;
+	}
+	err = -ENOMEM;
+	dev->stats = alloc_percpu(struct qcow_device_stats);
+	if (!dev->stats)
+		goto err_index;
+	dev->cache = qcow_cache_create(args->cache_limit);
+	if (IS_ERR_OR_NULL(dev->cache)) {
+		err = dev->cache ? PTR_ERR(dev->cache) : -ENOMEM;
+		goto err_stats;
+	}
+	err = qcow_device_get_files(dev, layers, args->layer_count, msg);
+	if (err)
+		goto err_cache;
+	err = qcow_device_check_loop(dev, msg);
+	if (err)
+		goto err_files;
+	err = qcow_device_open_chain(dev, args, layers, msg);
+	if (err)
+		goto err_files;
+	dev->wq = alloc_workqueue("qcow%d", WQ_UNBOUND | WQ_MEM_RECLAIM, 0,
+				  dev->index);
+	if (!dev->wq) {
+		err = -ENOMEM;
+		goto err_chain;
+	}
+	err = qcow_device_alloc_disk(dev);
+	if (err)
+		goto err_wq;
+
+	/* The caller has the control node open, so the module is here. */
+	__module_get(THIS_MODULE);
+	err = device_add_disk(NULL, dev->disk, qcow_attr_groups);
+	if (err)
+		goto err_disk;
+	*index = dev->index;
+	qcow_index_publish(dev->index, dev);
+	return 0;
+
+err_disk:
+	module_put(THIS_MODULE);
+	/* A disk that was never added does not free what is behind it. */
+	put_disk(dev->disk);
+	blk_mq_free_tag_set(&dev->tag_set);
+err_wq:
+	destroy_workqueue(dev->wq);
+err_chain:
+	qcow_device_close_chain(dev);
+err_files:
+	qcow_device_put_files(dev);
+err_cache:
+	qcow_cache_put(dev->cache);
+err_stats:
+	free_percpu(dev->stats);
+err_index:
+	qcow_index_release(dev->index);
+err_free:
+	kfree(dev);
+	return err;
+}
+
+/* ---- detach -------------------------------------------------------------- */
+
+/* Take apart a device that is claimed. Drops what the attach held of the disk. */
+static int qcow_device_remove(struct qcow_device *dev)
+{
+	int index = dev->index;
+	int err;
+
+	/* No STATUS begins from here on, and none is under way. */
+	qcow_index_publish(index, NULL);
+
+	del_gendisk(dev->disk);
+	/* Workers may still have a few steps to do behind their last request. */
+	destroy_workqueue(dev->wq);
+	blk_mq_free_tag_set(&dev->tag_set);
+
+	err = qcow_device_close_chain(dev);
+	if (err)
+		pr_err("qcow%d: detached, but not everything could be written (error %d)\n",
+		       index, err);
+	qcow_device_put_files(dev);
+	qcow_cache_put(dev->cache);
+	free_percpu(dev->stats);
+
+	put_disk(dev->disk);
+	qcow_index_release(index);
+	module_put(THIS_MODULE);
+	return err;
+}
+
+/* Return: 1 if the caller is to remove the device, 0 if a later close is. */
+static int qcow_device_claim(struct qcow_device *dev, bool deferred)
+{
+	int ret = 1;
+
+	mutex_lock(&dev->disk->open_mutex);
+	if (dev->claimed)
+		ret = -ENODEV;
+	else if (!disk_openers(dev->disk))
+		dev->claimed = true;
+	else
+		ret = deferred ? 0 : -EBUSY;
+	if (!ret)
+		WRITE_ONCE(dev->deferred, true);
+	mutex_unlock(&dev->disk->open_mutex);
+	return ret;
+}
+
+/* The last close of a device that is to be detached then. */
+static void qcow_detach_work_fn(struct work_struct *work)
+{
+	struct qcow_device *dev =
+		container_of(work, struct qcow_device, detach_work);
+	struct gendisk *disk = dev->disk;
+
+	/* If somebody opened it again, their close comes here again. */
+	if (qcow_device_claim(dev, true) > 0)
+		qcow_device_remove(dev);
+	put_disk(disk);
+}
+
+/**
+ * qcow_device_detach - remove a device
+ * @index: its number
+ * @deferred: if it is open, have the last close do it
+ *
+ * Unless the detach was put off, everything is written when this returns, the
+ * number is free, and the files are closed on return to user mode at the latest.
+ *
+ * Return: 0; -ENODEV if there is no such device; -EBUSY while it is open; or the
+ * error of a write, and then the device is gone as well.
+ */
+int qcow_device_detach(int index, bool deferred)
+{
+	struct qcow_device *dev;
+	struct gendisk *disk;
+	int ret;
+
+	mutex_lock(&qcow_devices_mutex);
+	dev = idr_find(&qcow_devices, index);
+	if (dev) {
+		disk = dev->disk;
+		get_device(disk_to_dev(disk));
+	}
+	mutex_unlock(&qcow_devices_mutex);
+	if (!dev)
+		return -ENODEV;
+
+	ret = qcow_device_claim(dev, deferred);
+	if (ret > 0)
+		ret = qcow_device_remove(dev);
+	put_disk(disk);
+	return ret;
+}
+
+/* ---- queries ------------------------------------------------------------- */
+
+/**
+ * qcow_device_status - state and counters of one device
+ * @status: @index says of which; all else but @size is filled in
+ *
+ * Return: 0, or -ENODEV.
+ */
+int qcow_device_status(struct qcow_status *status)
+{
+	struct qcow_device *dev;
+
+	mutex_lock(&qcow_devices_mutex);
+	dev = idr_find(&qcow_devices, status->index);
+	if (dev)
+		qcow_device_describe(dev, status);
+	mutex_unlock(&qcow_devices_mutex);
+	return dev ? 0 : -ENODEV;
+}
+
+/**
+ * qcow_device_layer - describe one file of a device's chain
+ * @status: @index and @layer say which; the rest is filled in
+ * @buf: @status->path_size bytes for the path, or NULL
+ * @path: where in @buf the path begins, if @buf is given
+ *
+ * Return: 0; -ENODEV; -ENOENT if the chain is shorter; -ENAMETOOLONG.
+ */
+int qcow_device_layer(struct qcow_layer_status *status, char *buf,
+		      const char **path)
+{
+	const struct qcow_image *image;
+	struct qcow_device *dev;
+	int err = 0;
+
+	mutex_lock(&qcow_devices_mutex);
+	dev = idr_find(&qcow_devices, status->index);
+	if (!dev) {
+		err = -ENODEV;
+		goto out;
+	}
+	if (status->layer >= dev->chain->depth) {
+		err = -ENOENT;
+		goto out;
+	}
+	image = dev->chain->layers[status->layer];
+	status->format = image->format;
+	status->virtual_size = image->size;
+	status->direct = image->file.direct;
+	status->version = 0;
+	status->cluster_size = 0;
+	if (image->format == QCOW_FORMAT_QCOW2) {
+		status->version = image->header.version;
+		status->cluster_size = qcow_cluster_size(image);
+	}
+	if (buf) {
+		*path = file_path(dev->files[status->layer], buf,
+				  status->path_size);
+		err = PTR_ERR_OR_ZERO(*path);
+	}
+out:
+	mutex_unlock(&qcow_devices_mutex);
+	return err;
+}
+
+/**
+ * qcow_device_next - the next device in the order of numbers
+ * @first: the lowest number to consider
+ *
+ * Return: its number, or -1 if there is none.
+ */
+int qcow_device_next(int first)
+{
+	int index = first;
+	void *dev;
+
+	mutex_lock(&qcow_devices_mutex);
+	dev = idr_get_next(&qcow_devices, &index);
+	mutex_unlock(&qcow_devices_mutex);
+	return dev ? index : -1;
+}
+
+/* ---- module -------------------------------------------------------------- */
+
+/**
+ * qcow_devices_init - prepare for devices
+ *
+ * Return: 0, or -ENOMEM.
+ */
+int qcow_devices_init(void)
+{
+	qcow_detach_wq = alloc_workqueue("qcow-detach", WQ_UNBOUND, 0);
+	return qcow_detach_wq ? 0 : -ENOMEM;
+}
+
+/**
+ * qcow_devices_exit - undo qcow_devices_init()
+ *
+ * Each device holds the module, so there is none any more; but the work that
+ * detached the last one may not have returned yet.
+ */
+void qcow_devices_exit(void)
+{
+	destroy_workqueue(qcow_detach_wq);
+	idr_destroy(&qcow_devices);
+}

@@ -1,0 +1,419 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * I/O on the files that hold images.
+ *
+ * Per file, everything is direct or everything goes through the page cache: a
+ * page that held data written both ways could be written back stale. A file is
+ * direct if it says that it can do direct I/O at the 512 bytes that the guest
+ * uses; everything else (tmpfs, disks with larger sectors) is buffered.
+ *
+ * Reads past the end of a file give zeroes, as the format wants (an image's
+ * length need not be a multiple of anything).
+ *
+ * Durability: a write is durable only after qcow_file_sync() returned 0, or if
+ * it carried IOCB_DSYNC.
+ */
+#include <linux/blkdev.h>
+#include <linux/bvec.h>
+#include <linux/falloc.h>
+#include <linux/file.h>
+#include <linux/mm.h>
+#include <linux/mount.h>
+#include <linux/sched/mm.h>
+#include <linux/slab.h>
+
+#include <linux/qcow.h>
+
+#include "qcow.h"
+
+/* Direct I/O at 512-byte offsets, lengths and addresses works. */
+static bool qcow_file_can_direct(struct file *file)
+{
+	struct kstat stat = {};
+
+	if (!(file->f_mode & FMODE_CAN_ODIRECT))
+		return false;
+	if (S_ISBLK(file_inode(file)->i_mode))
+		return bdev_logical_block_size(I_BDEV(file->f_mapping->host)) <=
+		       QCOW_SECTOR;
+	if (!vfs_getattr(&file->f_path, &stat, STATX_DIOALIGN,
+			 AT_STATX_SYNC_AS_STAT) &&
+	    stat.result_mask & STATX_DIOALIGN)
+		return stat.dio_offset_align &&
+		       stat.dio_offset_align <= QCOW_SECTOR &&
+		       stat.dio_mem_align <= QCOW_SECTOR;
+	if (file_inode(file)->i_sb->s_bdev)
+		return bdev_logical_block_size(file_inode(file)->i_sb->s_bdev) <=
+		       QCOW_SECTOR;
+	return true;
+}
+
+/**
+ * qcow_file_init - prepare a file that userspace opened
+ * @f: to be filled in
+ * @file: the file; one that is written is used itself, and a reference to it
+ *	taken; of one that is only read, another open file is made
+ * @writable: whether it is going to be written
+ * @io_mode: QCOW_IO_*
+ * @msg: where to say what is wrong
+ *
+ * A file that is only read must not change: writers are locked out as they are
+ * from a program that runs.
+ *
+ * Return: 0; -EINVAL for something that is neither file nor block device, or
+ * that cannot do the I/O asked for; -EBADF if the file is not open for what is
+ * needed; -ETXTBSY if somebody has a file open for writing that must not change.
+ */
+int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
+		   u32 io_mode, struct qcow_message *msg)
+{
+	struct inode *inode = file->f_mapping->host;
+	int err;
+
+	if (!S_ISREG(inode->i_mode) && !S_ISBLK(inode->i_mode)) {
+		qcow_message_set(msg, "%pD is neither a regular file nor a block device",
+				 file);
+		return -EINVAL;
+	}
+	if (!(file->f_mode & FMODE_READ) ||
+	    (writable && !(file->f_mode & FMODE_WRITE))) {
+		qcow_message_set(msg, "%pD is not open for %s", file,
+				 writable ? "reading and writing" : "reading");
+		return -EBADF;
+	}
+	if (!file->f_op->read_iter || (writable && !file->f_op->write_iter)) {
+		qcow_message_set(msg, "the file system of %pD lacks the I/O that the driver needs",
+				 file);
+		return -EINVAL;
+	}
+	if (writable && file->f_flags & O_APPEND) {
+		qcow_message_set(msg, "%pD is open for appending only", file);
+		return -EINVAL;
+	}
+	if (S_ISBLK(inode->i_mode) && bdev_is_zoned(I_BDEV(inode))) {
+		qcow_message_set(msg, "%pD is a zoned block device", file);
+		return -EINVAL;
+	}
+
+	/*
+	 * A file that is only read may serve several devices, so it must not be
+	 * the one that the first of them came with: that one's locks end with
+	 * that device.
+	 */
+	file = writable ? get_file(file) :
+			  dentry_open(&file->f_path, O_RDONLY | O_LARGEFILE,
+				      file->f_cred);
+	if (IS_ERR(file)) {
+		qcow_message_set(msg, "cannot open it for reading once more");
+		return PTR_ERR(file);
+	}
+	f->bdev = S_ISBLK(inode->i_mode);
+	f->writable = writable;
+	f->direct = io_mode != QCOW_IO_BUFFERED && qcow_file_can_direct(file);
+	if (io_mode == QCOW_IO_DIRECT && !f->direct) {
+		qcow_message_set(msg, "%pD does not allow direct I/O of 512 bytes; use --io=auto",
+				 file);
+		fput(file);
+		return -EINVAL;
+	}
+	if (!writable && !f->bdev) {
+		err = deny_write_access(file);
+		if (err) {
+			qcow_message_set(msg, "%pD is open for writing elsewhere",
+					 file);
+			fput(file);
+			return err;
+		}
+	}
+	f->file = file;
+	return 0;
+}
+
+/**
+ * qcow_file_release - undo qcow_file_init()
+ * @f: the file; may be unused so far
+ */
+void qcow_file_release(struct qcow_file *f)
+{
+	if (!f->file)
+		return;
+	if (!f->writable && !f->bdev)
+		allow_write_access(f->file);
+	fput(f->file);
+	f->file = NULL;
+}
+
+/**
+ * qcow_file_size - length of a file, or of the block device
+ * @f: the file
+ *
+ * Return: bytes.
+ */
+u64 qcow_file_size(const struct qcow_file *f)
+{
+	return i_size_read(f->file->f_mapping->host);
+}
+
+static void qcow_iocb_init(struct kiocb *iocb, struct qcow_file *f, loff_t pos,
+			   int flags, bool write)
+{
+	init_sync_kiocb(iocb, f->file);
+	iocb->ki_pos = pos;
+	iocb->ki_flags = flags | (f->direct ? IOCB_DIRECT : 0) |
+			 (write ? IOCB_WRITE : 0);
+}
+
+/*
+ * One call into the file. Freeze protection is taken for each write of a regular
+ * file; it may wait here, so this is never called where waiting is not allowed.
+ */
+static ssize_t qcow_iocb_issue(struct kiocb *iocb, struct iov_iter *iter)
+{
+	struct file *file = iocb->ki_filp;
+
+	if (iov_iter_rw(iter) == ITER_DEST)
+		return file->f_op->read_iter(iocb, iter);
+	if (S_ISREG(file_inode(file)->i_mode))
+		kiocb_start_write(iocb);
+	return file->f_op->write_iter(iocb, iter);
+}
+
+static void qcow_iocb_end(struct kiocb *iocb)
+{
+	if (iocb->ki_flags & IOCB_WRITE &&
+	    S_ISREG(file_inode(iocb->ki_filp)->i_mode))
+		kiocb_end_write(iocb);
+}
+
+static void qcow_io_put(struct qcow_io *io)
+{
+	if (atomic_dec_and_test(&io->refs))
+		io->done(io, io->ret);
+}
+
+static void qcow_io_complete(struct kiocb *iocb, long ret)
+{
+	struct qcow_io *io = container_of(iocb, struct qcow_io, iocb);
+
+	qcow_iocb_end(iocb);
+	io->ret = ret;
+	qcow_io_put(io);
+}
+
+/**
+ * qcow_io_submit - start a read or write
+ * @io: @io->iter and @io->done are set
+ * @f: the file
+ * @pos: where, bytes
+ * @iocb_flags: IOCB_DSYNC or 0
+ *
+ * On a buffered file the transfer is done before this returns. Otherwise it is
+ * under way, and @io->done tells. The result may be short, and it may be
+ * -EAGAIN: then qcow_file_rw() does the rest.
+ *
+ * Context: may sleep. @io->done may be called from here or from an interrupt.
+ */
+void qcow_io_submit(struct qcow_io *io, struct qcow_file *f, loff_t pos,
+		    int iocb_flags)
+{
+	ssize_t ret;
+
+	qcow_iocb_init(&io->iocb, f, pos, iocb_flags,
+		       iov_iter_rw(&io->iter) == ITER_SOURCE);
+	atomic_set(&io->refs, 2);
+	if (f->direct)
+		io->iocb.ki_complete = qcow_io_complete;
+	ret = qcow_iocb_issue(&io->iocb, &io->iter);
+	if (ret != -EIOCBQUEUED)
+		qcow_io_complete(&io->iocb, ret);
+	qcow_io_put(io);
+}
+
+/**
+ * qcow_file_rw - read or write all of an iterator, and wait for it
+ * @f: the file
+ * @iter: what to transfer; used up on success
+ * @pos: where, bytes
+ * @iocb_flags: IOCB_DSYNC or 0
+ *
+ * Return: 0, or an errno. What a read finds behind the end of the file is zero;
+ * a write that the file cuts short without saying why is -ENOSPC at the end of
+ * a block device, and -EIO elsewhere.
+ */
+int qcow_file_rw(struct qcow_file *f, struct iov_iter *iter, loff_t pos,
+		 int iocb_flags)
+{
+	bool write = iov_iter_rw(iter) == ITER_SOURCE;
+	struct kiocb iocb;
+	ssize_t ret;
+
+	while (iov_iter_count(iter)) {
+		if (!write && pos >= qcow_file_size(f)) {
+			iov_iter_zero(iov_iter_count(iter), iter);
+			break;
+		}
+		if (write && f->bdev && pos >= qcow_file_size(f))
+			return -ENOSPC;
+		qcow_iocb_init(&iocb, f, pos, iocb_flags, write);
+		ret = qcow_iocb_issue(&iocb, iter);
+		qcow_iocb_end(&iocb);
+		if (ret == -EINTR || ret == -ERESTARTSYS)
+			continue;
+		if (ret < 0)
+			return ret;
+		if (!ret && write)
+			return -EIO;
+		if (!ret) {
+			/* cut short behind our back: what is gone reads as zero */
+			iov_iter_zero(iov_iter_count(iter), iter);
+			break;
+		}
+		pos += ret;
+		if (!write && f->direct && pos & (QCOW_SECTOR - 1)) {
+			/* only the end of the file is not sector aligned */
+			iov_iter_zero(iov_iter_count(iter), iter);
+			break;
+		}
+	}
+	return 0;
+}
+
+static int qcow_file_buf(struct qcow_file *f, void *buf, size_t len, loff_t pos,
+			 unsigned int dir)
+{
+	struct bio_vec bvec = {
+		.bv_page = virt_to_page(buf),
+		.bv_len = len,
+		.bv_offset = offset_in_page(buf),
+	};
+	struct iov_iter iter;
+
+	iov_iter_bvec(&iter, dir, &bvec, 1, len);
+	return qcow_file_rw(f, &iter, pos, 0);
+}
+
+/**
+ * qcow_file_read - read into memory of the kernel
+ * @f: the file
+ * @buf: lowmem, physically contiguous, aligned to 512 bytes
+ * @len: bytes; a multiple of 512, as is @pos
+ * @pos: where, bytes
+ *
+ * Return: 0 or an errno.
+ */
+int qcow_file_read(struct qcow_file *f, void *buf, size_t len, loff_t pos)
+{
+	return qcow_file_buf(f, buf, len, pos, ITER_DEST);
+}
+
+/**
+ * qcow_file_write - write from memory of the kernel
+ * @f: the file
+ * @buf: lowmem, physically contiguous, aligned to 512 bytes; it must not change
+ *	meanwhile
+ * @len: bytes; a multiple of 512, as is @pos
+ * @pos: where, bytes
+ *
+ * Return: 0 or an errno.
+ */
+int qcow_file_write(struct qcow_file *f, const void *buf, size_t len,
+		    loff_t pos)
+{
+	return qcow_file_buf(f, (void *)buf, len, pos, ITER_SOURCE);
+}
+
+/**
+ * qcow_zero_bvecs - describe zeroes
+ * @bvec: to be filled in
+ * @room: how many there is room for
+ * @len: how many bytes are wanted
+ *
+ * Return: how many were filled in; they may cover less than @len.
+ */
+unsigned int qcow_zero_bvecs(struct bio_vec *bvec, unsigned int room, u64 len)
+{
+	unsigned int n;
+
+	for (n = 0; n < room && len; n++) {
+		bvec[n].bv_page = ZERO_PAGE(0);
+		bvec[n].bv_offset = 0;
+		bvec[n].bv_len = min_t(u64, len, PAGE_SIZE);
+		len -= bvec[n].bv_len;
+	}
+	return n;
+}
+
+/**
+ * qcow_file_write_zeroes - write zeroes, really
+ * @f: the file
+ * @len: bytes; a multiple of 512, as is @pos
+ * @pos: where, bytes
+ *
+ * Return: 0 or an errno.
+ */
+int qcow_file_write_zeroes(struct qcow_file *f, u64 len, loff_t pos)
+{
+	struct bio_vec bvec[16];
+	struct iov_iter iter;
+	unsigned int n;
+	u64 step;
+	int err;
+
+	while (len) {
+		n = qcow_zero_bvecs(bvec, ARRAY_SIZE(bvec), len);
+		step = min_t(u64, len, (u64)n * PAGE_SIZE);
+		iov_iter_bvec(&iter, ITER_SOURCE, bvec, n, step);
+		err = qcow_file_rw(f, &iter, pos, 0);
+		if (err)
+			return err;
+		pos += step;
+		len -= step;
+	}
+	return 0;
+}
+
+/**
+ * qcow_file_sync - a barrier: what was written before is durable after
+ * @f: the file
+ *
+ * The data and what is needed to find it (size, extents), not the times.
+ *
+ * Return: 0 or an errno, after which nothing since the last barrier that worked
+ * is known to be durable, whatever later barriers say.
+ */
+int qcow_file_sync(struct qcow_file *f)
+{
+	return vfs_fsync(f->file, 1);
+}
+
+/**
+ * qcow_file_punch - give space back to the file system or the device below
+ * @f: the file
+ * @pos: where, bytes
+ * @len: bytes
+ *
+ * Return: 0 or an errno; -EOPNOTSUPP where there are no holes.
+ */
+int qcow_file_punch(struct qcow_file *f, u64 pos, u64 len)
+{
+	return vfs_fallocate(f->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+			     pos, len);
+}
+
+/**
+ * qcow_file_truncate - set the length of a regular file
+ * @f: the file
+ * @size: bytes
+ *
+ * Space that this adds reads as zeroes and takes no blocks.
+ *
+ * Return: 0 or an errno.
+ */
+int qcow_file_truncate(struct qcow_file *f, u64 size)
+{
+	const struct cred *old = override_creds(f->file->f_cred);
+	int err = vfs_truncate(&f->file->f_path, size);
+
+	revert_creds(old);
+	return err;
+}

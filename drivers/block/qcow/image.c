@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Open images.
+ *
+ * An image that is only read never changes, so all devices that use the same
+ * file in the same format share one struct qcow_image, and with it one copy of
+ * its tables in memory. An image that is written belongs to one device; its file
+ * can have no other user.
+ */
+#include <linux/file.h>
+#include <linux/list.h>
+#include <linux/mutex.h>
+#include <linux/sched/mm.h>
+#include <linux/slab.h>
+
+#include <linux/qcow.h>
+
+#include "qcow.h"
+
+static LIST_HEAD(qcow_images);
+static DEFINE_MUTEX(qcow_images_mutex);
+
+/* The corrupt bit cannot be set where damage is found: that may be anywhere. */
+static void qcow_corrupt_work_fn(struct work_struct *work)
+{
+	struct qcow_image *image = container_of(work, struct qcow_image,
+						corrupt_work);
+	__be64 features = cpu_to_be64(image->header.incompatible |
+				      QCOW_INCOMPAT_CORRUPT);
+
+	qcow_image_update_header(image, offsetof(struct qcow_disk_header,
+						 incompatible_features),
+				 &features, sizeof(features));
+}
+
+/**
+ * qcow_image_corrupt - damage was found
+ * @image: the image; one that is written takes no more writes, and from version
+ *	3 on gets the corrupt bit
+ * @fmt: what is wrong, and where
+ *
+ * Context: any that may take image->lock; does not wait.
+ */
+void qcow_image_corrupt(struct qcow_image *image, const char *fmt, ...)
+{
+	struct va_format vaf = { .fmt = fmt };
+	va_list args;
+
+	if (image->writable && image->corrupt)
+		return;
+	va_start(args, fmt);
+	vaf.va = &args;
+	pr_err_ratelimited("qcow: %pD: the image is damaged: %pV\n",
+			   image->file.file, &vaf);
+	va_end(args);
+	if (!image->writable)
+		return;
+	WRITE_ONCE(image->corrupt, true);
+	if (image->header.version >= 3)
+		queue_work(qcow_commit_wq, &image->corrupt_work);
+}
+
+/**
+ * qcow_image_fail - a barrier failed
+ * @image: a writable image; it takes no more writes
+ * @fmt: what happened
+ *
+ * Context: any; does not wait.
+ */
+void qcow_image_fail(struct qcow_image *image, const char *fmt, ...)
+{
+	struct va_format vaf = { .fmt = fmt };
+	va_list args;
+
+	if (image->failed)
+		return;
+	WRITE_ONCE(image->failed, true);
+	va_start(args, fmt);
+	vaf.va = &args;
+	pr_err("qcow: %pD: no more writes: %pV\n", image->file.file, &vaf);
+	va_end(args);
+}
+
+/**
+ * qcow_image_update_header - change fields of the header, durably
+ * @image: a writable image
+ * @offset: of the first field, bytes
+ * @data: the new bytes
+ * @len: how many; they lie in one sector, so that the change is atomic
+ *
+ * What the new fields refer to is durable already.
+ *
+ * Context: may sleep; takes image->lock.
+ *
+ * Return: 0 or an errno. After -EIO of the barrier the image has failed.
+ */
+int qcow_image_update_header(struct qcow_image *image, size_t offset,
+			     const void *data, size_t len)
+{
+	struct qcow_block *block;
+	void *copy;
+	int err;
+
+	block = qcow_block_get(image, 0);
+	if (IS_ERR(block))
+		return PTR_ERR(block);
+	mutex_lock(&image->header_mutex);
+	copy = image->header_scratch;
+	spin_lock_irq(&image->lock);
+	memcpy(block->data + offset, data, len);
+	memcpy(copy, block->data, QCOW_SECTOR);
+	spin_unlock_irq(&image->lock);
+	err = qcow_file_write(&image->file, copy, QCOW_SECTOR, 0);
+	if (!err)
+		err = qcow_file_sync(&image->file);
+	if (err)
+		qcow_image_fail(image, "cannot write the header: error %d", err);
+	mutex_unlock(&image->header_mutex);
+	qcow_block_put(block);
+	return err;
+}
+
+static int qcow_read_header(struct qcow_image *image, struct qcow_message *msg)
+{
+	u32 cluster_size;
+	void *buf, *all = NULL;
+	u32 pos, step;
+	int err;
+
+	buf = kmalloc(QCOW_BLOCK_SIZE, GFP_KERNEL);
+	if (!buf)
+		return -ENOMEM;
+	err = qcow_file_read(&image->file, buf, QCOW_SECTOR, 0);
+	if (err) {
+		qcow_message_set(msg, "cannot read the header: error %d", -err);
+		goto out;
+	}
+	err = qcow_header_cluster_size(buf, QCOW_SECTOR, &cluster_size, msg);
+	if (err)
+		goto out;
+	all = kvmalloc(cluster_size, GFP_KERNEL);
+	err = all ? 0 : -ENOMEM;
+	for (pos = 0; pos < cluster_size && !err; pos += step) {
+		step = min(cluster_size - pos, QCOW_BLOCK_SIZE);
+		err = qcow_file_read(&image->file, buf, step, pos);
+		memcpy(all + pos, buf, step);
+	}
+	if (!err)
+		err = qcow_header_parse(all, cluster_size, image->writable,
+					&image->header, msg);
+out:
+	kvfree(all);
+	kfree(buf);
+	return err;
+}
+
+static int qcow_open_qcow2(struct qcow_image *image, struct qcow_message *msg)
+{
+	struct qcow_header *header = &image->header;
+	int err;
+
+	err = qcow_read_header(image, msg);
+	if (err)
+		return err;
+	image->cluster_bits = header->cluster_bits;
+	image->block_bits = min_t(u32, header->cluster_bits, QCOW_BLOCK_BITS);
+	image->l2_bits = header->cluster_bits - 3;
+	image->refcount_order = header->refcount_order;
+	image->refblock_bits = header->cluster_bits + 3 - header->refcount_order;
+	image->reftable_offset = header->refcount_table_offset;
+	image->reftable_clusters = header->refcount_table_clusters;
+	image->size = round_down(header->size, QCOW_SECTOR);
+	return 0;
+}
+
+/* What only an image needs that is written. */
+static int qcow_open_writable(struct qcow_image *image)
+{
+	__be64 autoclear = 0;
+	int err;
+
+	image->scratch = kmalloc(QCOW_BLOCK_SIZE, GFP_KERNEL);
+	image->table_scratch = kmalloc(QCOW_BLOCK_SIZE, GFP_KERNEL);
+	image->copy_buf = kmalloc(QCOW_BLOCK_SIZE, GFP_KERNEL);
+	image->header_scratch = kmalloc(QCOW_SECTOR, GFP_KERNEL);
+	image->bounce = kmalloc(QCOW_BATCH * QCOW_BLOCK_SIZE, GFP_KERNEL);
+	if (!image->scratch || !image->table_scratch || !image->copy_buf ||
+	    !image->header_scratch || !image->bounce)
+		return -ENOMEM;
+	/* The last cluster may be used up to its end; it is just not there yet. */
+	image->end_offset = round_up(qcow_file_size(&image->file),
+				     (u64)qcow_cluster_size(image));
+	err = init_srcu_struct(&image->epoch);
+	if (err)
+		return err;
+	image->epoch_ready = true;
+
+	/* The driver maintains nothing that these bits stand for. */
+	if (image->header.autoclear)
+		err = qcow_image_update_header(image,
+					       offsetof(struct qcow_disk_header,
+							autoclear_features),
+					       &autoclear, sizeof(autoclear));
+	return err;
+}
+
+static void qcow_image_free(struct qcow_image *image)
+{
+	if (image->epoch_ready) {
+		/* A grace period may have been left behind by the last worker. */
+		synchronize_srcu(&image->epoch);
+		cleanup_srcu_struct(&image->epoch);
+	}
+	qcow_cache_drop_all(image);
+	kfree(image->bounce);
+	kfree(image->header_scratch);
+	kfree(image->copy_buf);
+	kfree(image->table_scratch);
+	kfree(image->scratch);
+	qcow_file_release(&image->file);
+	qcow_cache_put(image->cache);
+	kfree(image);
+}
+
+static struct qcow_image *qcow_image_alloc(u32 format, bool writable,
+					   struct qcow_cache *cache)
+{
+	struct qcow_image *image = kzalloc(sizeof(*image), GFP_KERNEL);
+
+	if (!image)
+		return NULL;
+	kref_init(&image->kref);
+	kref_get(&cache->kref);
+	image->cache = cache;
+	image->format = format;
+	image->writable = writable;
+	xa_init(&image->blocks);
+	spin_lock_init(&image->lock);
+	INIT_LIST_HEAD(&image->registry);
+	INIT_LIST_HEAD(&image->dirty[QCOW_BLOCK_COUNT]);
+	INIT_LIST_HEAD(&image->dirty[QCOW_BLOCK_LINK]);
+	INIT_LIST_HEAD(&image->frees);
+	INIT_LIST_HEAD(&image->reclaims);
+	INIT_LIST_HEAD(&image->ranges);
+	init_waitqueue_head(&image->range_wait);
+	mutex_init(&image->table_mutex);
+	mutex_init(&image->commit_mutex);
+	mutex_init(&image->copy_mutex);
+	mutex_init(&image->alloc_mutex);
+	mutex_init(&image->header_mutex);
+	INIT_DELAYED_WORK(&image->commit_work, qcow_commit_work_fn);
+	INIT_WORK(&image->reclaim_work, qcow_reclaim_work_fn);
+	INIT_WORK(&image->corrupt_work, qcow_corrupt_work_fn);
+	return image;
+}
+
+/* An image of the same file that is open already; NULL if there is none. */
+static struct qcow_image *qcow_image_find(struct file *file)
+{
+	struct qcow_image *image;
+
+	lockdep_assert_held(&qcow_images_mutex);
+	list_for_each_entry(image, &qcow_images, registry)
+		if (image->file.file->f_mapping->host == file->f_mapping->host)
+			return image;
+	return NULL;
+}
+
+/**
+ * qcow_image_open - open an image, or share one that is open
+ * @file: the file, as userspace opened it
+ * @format: QCOW_FORMAT_*
+ * @writable: whether it is going to be written
+ * @io_mode: QCOW_IO_*
+ * @cache: where its tables are charged, unless it is shared
+ * @imagep: out
+ * @msg: where to say what is wrong
+ *
+ * Return: 0; -EBUSY if it is written, or to be written, and in use already; or
+ * an errno that says why the image is refused.
+ */
+int qcow_image_open(struct file *file, u32 format, bool writable, u32 io_mode,
+		    struct qcow_cache *cache, struct qcow_image **imagep,
+		    struct qcow_message *msg)
+{
+	struct qcow_image *image;
+	int err = 0;
+
+	mutex_lock(&qcow_images_mutex);
+	image = qcow_image_find(file);
+	if (image && (writable || image->writable)) {
+		qcow_message_set(msg, "%pD is attached already", file);
+		err = -EBUSY;
+		goto out_unlock;
+	}
+	/* Not the same format, or I/O asked for that it does not do: not shared. */
+	if (image && image->format == format &&
+	    (io_mode == QCOW_IO_AUTO ||
+	     image->file.direct == (io_mode == QCOW_IO_DIRECT))) {
+		kref_get(&image->kref);
+		*imagep = image;
+		goto out_unlock;
+	}
+
+	image = qcow_image_alloc(format, writable, cache);
+	if (!image) {
+		err = -ENOMEM;
+		goto out_unlock;
+	}
+	err = qcow_file_init(&image->file, file, writable, io_mode, msg);
+	if (err)
+		goto out_free;
+	if (format == QCOW_FORMAT_RAW)
+		image->size = round_up(qcow_file_size(&image->file), QCOW_SECTOR);
+	else
+		err = qcow_open_qcow2(image, msg);
+	if (!err && writable)
+		err = qcow_open_writable(image);
+	if (err)
+		goto out_free;
+	list_add(&image->registry, &qcow_images);
+	*imagep = image;
+	goto out_unlock;
+
+out_free:
+	qcow_image_free(image);
+out_unlock:
+	mutex_unlock(&qcow_images_mutex);
+	return err;
+}
+
+/* Write everything that is left, and give back what was grown ahead of use. */
+static int qcow_image_finish(struct qcow_image *image)
+{
+	int err;
+
+	err = qcow_commit_all(image);
+	/* Each of the two may queue the other, but only once more. */
+	cancel_delayed_work_sync(&image->commit_work);
+	flush_work(&image->reclaim_work);
+	cancel_delayed_work_sync(&image->commit_work);
+	cancel_work_sync(&image->reclaim_work);
+	flush_work(&image->corrupt_work);
+	if (err)
+		return err;
+	if (!image->file.bdev &&
+	    qcow_file_size(&image->file) > image->end_offset)
+		err = qcow_file_truncate(&image->file, image->end_offset);
+	return err ?: qcow_file_sync(&image->file);
+}
+
+/**
+ * qcow_image_close - a user less
+ * @image: the image; the last user closes it
+ *
+ * Context: may sleep. No requests are in flight.
+ *
+ * Return: 0, or the errno of what could not be written. The image is closed all
+ * the same.
+ */
+int qcow_image_close(struct qcow_image *image)
+{
+	struct qcow_free *free, *next;
+	int err = 0;
+
+	/* Only its one device knows a writable image, so nobody finds it here. */
+	if (image->writable)
+		err = qcow_image_finish(image);
+
+	mutex_lock(&qcow_images_mutex);
+	if (refcount_dec_and_test(&image->kref.refcount)) {
+		list_del(&image->registry);
+		list_splice_init(&image->reclaims, &image->frees);
+		list_for_each_entry_safe(free, next, &image->frees, node)
+			qcow_free_discard(free);
+		qcow_image_free(image);
+	}
+	mutex_unlock(&qcow_images_mutex);
+	return err;
+}

@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * From guest offsets to extents: L1 and L2 look-ups through the whole chain.
+ *
+ * Look-ups take no lock. Whoever uses the result for I/O on the top layer is
+ * inside an epoch from before the look-up to the end of the I/O. Each entry is
+ * checked before it is used; what cannot be right gives -EIO and, on an image
+ * that is written, marks it corrupt.
+ */
+#include <linux/qcow.h>
+
+#include "qcow.h"
+#include "trace.h"
+
+/**
+ * qcow_entry_load - an entry of a table
+ * @image: whose
+ * @block: the cached block
+ * @index: of the entry in @block
+ *
+ * Return: the entry as one consistent value.
+ */
+u64 qcow_entry_load(struct qcow_image *image, struct qcow_block *block,
+		    unsigned int index)
+{
+	const __be64 *entries = block->data;
+	unsigned long flags;
+	u64 value;
+
+	if (sizeof(long) == sizeof(u64) || !image->writable)
+		return be64_to_cpu(READ_ONCE(entries[index]));
+	spin_lock_irqsave(&image->lock, flags);
+	value = be64_to_cpu(entries[index]);
+	spin_unlock_irqrestore(&image->lock, flags);
+	return value;
+}
+
+static u64 qcow_l1_index(const struct qcow_image *image, u64 guest_offset)
+{
+	return guest_offset >> (image->cluster_bits + image->l2_bits);
+}
+
+/**
+ * qcow_l1_block - the cached block with the L1 entry for a guest offset
+ * @image: a qcow2 image
+ * @guest_offset: bytes, inside the L1 table's reach
+ * @index: out: of the entry in the block
+ *
+ * Return: a pinned block or an ERR_PTR().
+ */
+struct qcow_block *qcow_l1_block(struct qcow_image *image, u64 guest_offset,
+				 unsigned int *index)
+{
+	u64 host_offset = image->header.l1_table_offset +
+			  qcow_l1_index(image, guest_offset) * sizeof(__be64);
+	u32 mask = qcow_block_size(image) - 1;
+
+	*index = (host_offset & mask) / sizeof(__be64);
+	return qcow_block_get(image, host_offset & ~(u64)mask);
+}
+
+/**
+ * qcow_l1_entry - look up and check an L1 entry
+ * @image: a qcow2 image
+ * @guest_offset: bytes
+ * @entry: out: 0 where there is no L2 table
+ *
+ * Return: 0, -EIO, or the errno of a read.
+ */
+int qcow_l1_entry(struct qcow_image *image, u64 guest_offset, u64 *entry)
+{
+	struct qcow_block *block;
+	unsigned int index;
+	u64 offset;
+
+	*entry = 0;
+	if (qcow_l1_index(image, guest_offset) >= image->header.l1_size)
+		return 0;
+	block = qcow_l1_block(image, guest_offset, &index);
+	if (IS_ERR(block))
+		return PTR_ERR(block);
+	*entry = qcow_entry_load(image, block, index);
+	qcow_block_put(block);
+
+	offset = *entry & QCOW_L1_OFFSET_MASK;
+	if (*entry & QCOW_L1_RESERVED_MASK ||
+	    offset & (qcow_cluster_size(image) - 1)) {
+		qcow_image_corrupt(image, "L1 entry for guest offset 0x%llx is 0x%llx, not a cluster",
+				   guest_offset, *entry);
+		return -EIO;
+	}
+	if (!offset)
+		*entry = 0;
+	return 0;
+}
+
+/**
+ * qcow_l2_block - the cached block with the L2 entry for a guest offset
+ * @image: a qcow2 image
+ * @l1_entry: the L1 entry, not 0
+ * @guest_offset: bytes
+ * @index: out: of the entry in the block
+ *
+ * Return: a pinned block or an ERR_PTR().
+ */
+struct qcow_block *qcow_l2_block(struct qcow_image *image, u64 l1_entry,
+				 u64 guest_offset, unsigned int *index)
+{
+	u64 entry = guest_offset >> image->cluster_bits &
+		    ((1U << image->l2_bits) - 1);
+	u32 mask = qcow_block_size(image) - 1;
+
+	*index = (entry * sizeof(__be64) & mask) / sizeof(__be64);
+	return qcow_block_get(image, (l1_entry & QCOW_L1_OFFSET_MASK) +
+			      (entry * sizeof(__be64) & ~(u64)mask));
+}
+
+/**
+ * qcow_l2_classify - check an L2 entry and tell what it says
+ * @image: a qcow2 image
+ * @entry: the entry
+ * @guest_offset: for messages
+ * @type: out
+ * @host_offset: out: of the cluster; 0 if there is none. A zero cluster may
+ *	have one (it is preallocated, and its content is not to be seen).
+ *
+ * Return: 0; -EIO if the entry cannot be right; -EOPNOTSUPP for a compressed
+ * cluster.
+ */
+int qcow_l2_classify(struct qcow_image *image, u64 entry, u64 guest_offset,
+		     enum qcow_extent_type *type, u64 *host_offset)
+{
+	u32 mask = qcow_cluster_size(image) - 1;
+
+	if (entry & QCOW_OFLAG_COMPRESSED) {
+		pr_warn_ratelimited("qcow: %pD: the cluster at guest offset 0x%llx is compressed, which this driver does not support yet\n",
+				    image->file.file, guest_offset);
+		return -EOPNOTSUPP;
+	}
+	*host_offset = entry & QCOW_L2_OFFSET_MASK;
+	if (entry & QCOW_L2_RESERVED_MASK || *host_offset & mask ||
+	    (entry & QCOW_OFLAG_ZERO && image->header.version < 3)) {
+		qcow_image_corrupt(image, "L2 entry for guest offset 0x%llx is 0x%llx, which is not valid",
+				   guest_offset, entry);
+		return -EIO;
+	}
+	if (entry & QCOW_OFLAG_ZERO)
+		*type = QCOW_EXTENT_ZERO;
+	else
+		*type = *host_offset ? QCOW_EXTENT_DATA :
+				       QCOW_EXTENT_UNALLOCATED;
+	return 0;
+}
+
+/* Follow the entries from @index on as long as they continue the first one. */
+static int qcow_map_block(struct qcow_image *image, struct qcow_block *block,
+			  unsigned int index, u64 guest_offset, u64 length,
+			  struct qcow_extent *extent)
+{
+	unsigned int per_block = qcow_block_size(image) / sizeof(__be64);
+	u64 in_cluster = guest_offset & (qcow_cluster_size(image) - 1);
+	enum qcow_extent_type type;
+	u64 host_offset, entry;
+	int err;
+
+	entry = qcow_entry_load(image, block, index);
+	err = qcow_l2_classify(image, entry, guest_offset, &extent->type,
+			       &extent->host_offset);
+	if (err)
+		return err;
+	extent->in_place = extent->type == QCOW_EXTENT_DATA &&
+			   entry & QCOW_OFLAG_COPIED;
+	extent->length = qcow_cluster_size(image) - in_cluster;
+
+	while (extent->length < length && ++index < per_block) {
+		u64 next = qcow_entry_load(image, block, index);
+
+		err = qcow_l2_classify(image, next,
+				       guest_offset + extent->length, &type,
+				       &host_offset);
+		/* What is wrong there is for those who want to know. */
+		if (err || type != extent->type)
+			break;
+		if (type == QCOW_EXTENT_DATA &&
+		    (host_offset != extent->host_offset + in_cluster +
+				    extent->length ||
+		     (next ^ entry) & QCOW_OFLAG_COPIED))
+			break;
+		extent->length += qcow_cluster_size(image);
+	}
+	if (extent->type == QCOW_EXTENT_DATA) {
+		extent->host_offset += in_cluster;
+		/* A write there would make the file as long as the entry says. */
+		if (image->writable && extent->host_offset + extent->length >
+		    round_up(qcow_file_size(&image->file),
+			     (u64)qcow_cluster_size(image))) {
+			qcow_image_corrupt(image, "guest offset 0x%llx is mapped to host offset 0x%llx, behind the end of the file",
+					   guest_offset, extent->host_offset);
+			return -EIO;
+		}
+	}
+	return 0;
+}
+
+/**
+ * qcow_map_layer - what one layer has at a guest offset
+ * @image: the layer
+ * @guest_offset: bytes
+ * @length: bytes that are of interest, at least 1
+ * @extent: out; its length is 1 to @length
+ *
+ * Behind the end of a layer everything is zero.
+ *
+ * Context: may sleep and read tables.
+ *
+ * Return: 0, -EIO if a table is damaged, -EOPNOTSUPP for a compressed cluster,
+ * or the errno of a read.
+ */
+int qcow_map_layer(struct qcow_image *image, u64 guest_offset, u64 length,
+		   struct qcow_extent *extent)
+{
+	struct qcow_block *block;
+	unsigned int index;
+	u64 entry, reach;
+	int err;
+
+	extent->image = image;
+	extent->in_place = false;
+	extent->host_offset = 0;
+	extent->length = length;
+	if (guest_offset >= image->size) {
+		extent->type = QCOW_EXTENT_ZERO;
+		return 0;
+	}
+	length = min(length, image->size - guest_offset);
+	extent->length = length;
+
+	if (image->format == QCOW_FORMAT_RAW) {
+		extent->type = QCOW_EXTENT_DATA;
+		extent->host_offset = guest_offset;
+		return 0;
+	}
+
+	err = qcow_l1_entry(image, guest_offset, &entry);
+	if (err)
+		return err;
+	if (!entry) {
+		reach = 1ULL << (image->cluster_bits + image->l2_bits);
+		extent->type = QCOW_EXTENT_UNALLOCATED;
+		extent->length = min(length, reach - (guest_offset & (reach - 1)));
+		return 0;
+	}
+	block = qcow_l2_block(image, entry, guest_offset, &index);
+	if (IS_ERR(block))
+		return PTR_ERR(block);
+	err = qcow_map_block(image, block, index, guest_offset, length, extent);
+	qcow_block_put(block);
+	extent->length = min(extent->length, length);
+	return err;
+}
+
+/**
+ * qcow_map - where the content of a guest range is
+ * @chain: the layers
+ * @first: where to begin: 0 for what the guest sees, 1 for what lies below the
+ *	top layer
+ * @guest_offset: bytes
+ * @length: bytes that are of interest, at least 1
+ * @extent: out: DATA or ZERO; its length is 1 to @length
+ *
+ * Context: may sleep and read tables.
+ *
+ * Return: as qcow_map_layer().
+ */
+int qcow_map(struct qcow_chain *chain, unsigned int first, u64 guest_offset,
+	     u64 length, struct qcow_extent *extent)
+{
+	unsigned int layer;
+	int err;
+
+	extent->length = length;
+	extent->type = QCOW_EXTENT_UNALLOCATED;
+	for (layer = first; layer < chain->depth; layer++) {
+		err = qcow_map_layer(chain->layers[layer], guest_offset,
+				     extent->length, extent);
+		if (err)
+			return err;
+		if (extent->type != QCOW_EXTENT_UNALLOCATED)
+			break;
+	}
+	if (extent->type == QCOW_EXTENT_UNALLOCATED)
+		extent->type = QCOW_EXTENT_ZERO;
+	trace_qcow_map(guest_offset, extent, layer);
+	return 0;
+}
+
+/**
+ * qcow_chain_is_zero - does a whole range read as zeroes
+ * @chain: the layers
+ * @first: as for qcow_map()
+ * @guest_offset: bytes
+ * @length: bytes
+ * @error: out: 0, or the errno of a look-up
+ *
+ * Return: true if the tables say so. Data that happens to be zero does not count.
+ */
+bool qcow_chain_is_zero(struct qcow_chain *chain, unsigned int first,
+			u64 guest_offset, u64 length, int *error)
+{
+	struct qcow_extent extent;
+
+	*error = 0;
+	while (length) {
+		*error = qcow_map(chain, first, guest_offset, length, &extent);
+		if (*error || extent.type != QCOW_EXTENT_ZERO)
+			return false;
+		guest_offset += extent.length;
+		length -= extent.length;
+	}
+	return true;
+}
+
+/**
+ * qcow_chain_read - read a guest range, and wait for it
+ * @chain: the layers
+ * @guest_offset: bytes, a multiple of 512
+ * @length: bytes, a multiple of 512
+ * @buf: lowmem, physically contiguous
+ *
+ * Context: may sleep; not inside an epoch.
+ *
+ * Return: 0 or an errno.
+ */
+int qcow_chain_read(struct qcow_chain *chain, u64 guest_offset, u64 length,
+		    void *buf)
+{
+	struct qcow_extent extent;
+	int epoch, err;
+
+	while (length) {
+		epoch = qcow_image_enter(chain->layers[0]);
+		err = qcow_map(chain, 0, guest_offset, length, &extent);
+		if (!err && extent.type == QCOW_EXTENT_ZERO)
+			memset(buf, 0, extent.length);
+		else if (!err)
+			err = qcow_file_read(&extent.image->file, buf,
+					     extent.length, extent.host_offset);
+		qcow_image_exit(chain->layers[0], epoch);
+		if (err)
+			return err;
+		guest_offset += extent.length;
+		buf += extent.length;
+		length -= extent.length;
+	}
+	return 0;
+}

@@ -1,0 +1,525 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What the parts of the driver know of each other.
+ *
+ * Dependencies point one way:
+ *
+ *	main -> device -> request -> cluster -> map -> refcount -> commit
+ *	                                           -> table_cache -> file_io
+ *
+ * From cluster on down nothing knows of requests or disks: those files work on
+ * an image, which may as well be a file in memory that a unit test made.
+ *
+ * Lock order (outermost first)
+ *
+ *	disk->open_mutex
+ *	range lock on guest clusters (qcow_range_lock)
+ *	image->table_mutex	making and copying L2 tables
+ *	image->commit_mutex	one commit at a time
+ *	image->copy_mutex	the buffer for copies when memory is short
+ *	image->alloc_mutex	refcount blocks, refcount table, the allocator
+ *	image->header_mutex	writing the header
+ *	cache->lock		the list of cached blocks
+ *	image->lock		contents and dirtiness of blocks, lists of ranges
+ *
+ * image->lock is the only one that I/O completion takes, perhaps in interrupt
+ * context; it is held for at most the copy of one block. The epoch (an SRCU read
+ * section) is entered before an entry is looked up and left when the I/O that it
+ * led to is complete. Nothing may sleep on a lock above, or on a commit, inside
+ * an epoch, because reclaiming clusters waits for epochs to end.
+ */
+#ifndef QCOW_H
+#define QCOW_H
+
+#include <linux/fs.h>
+#include <linux/kref.h>
+#include <linux/list.h>
+#include <linux/mempool.h>
+#include <linux/mutex.h>
+#include <linux/percpu.h>
+#include <linux/refcount.h>
+#include <linux/spinlock.h>
+#include <linux/srcu.h>
+#include <linux/uio.h>
+#include <linux/wait.h>
+#include <linux/workqueue.h>
+#include <linux/xarray.h>
+
+#include "compat.h"
+#include "header.h"
+
+/* ---- file_io.c: the files below ---------------------------------------- */
+
+/* The unit of all I/O. */
+#define QCOW_SECTOR		512U
+
+/**
+ * struct qcow_file - one file that holds an image
+ * @file: the file; what userspace opened, and locked, the device keeps as well
+ * @direct: read and written directly; otherwise always through the page cache
+ * @writable: opened for writing, and to be written
+ * @bdev: a block device, whose length is fixed
+ */
+struct qcow_file {
+	struct file *file;
+	bool direct;
+	bool writable;
+	bool bdev;
+};
+
+struct qcow_io;
+typedef void (*qcow_io_done_fn)(struct qcow_io *io, long ret);
+
+/**
+ * struct qcow_io - one asynchronous read or write of a file
+ * @iocb: the kernel's handle
+ * @iter: what is transferred
+ * @done: called once, when both the submitter and the file are finished with
+ *        @iocb; may be in interrupt context
+ * @ret: bytes transferred, or an errno
+ * @refs: the submitter and the completion
+ */
+struct qcow_io {
+	struct kiocb iocb;
+	struct iov_iter iter;
+	qcow_io_done_fn done;
+	long ret;
+	atomic_t refs;
+};
+
+int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
+		   u32 io_mode, struct qcow_message *msg);
+void qcow_file_release(struct qcow_file *f);
+u64 qcow_file_size(const struct qcow_file *f);
+void qcow_io_submit(struct qcow_io *io, struct qcow_file *f, loff_t pos,
+		    int iocb_flags);
+int qcow_file_rw(struct qcow_file *f, struct iov_iter *iter, loff_t pos,
+		 int iocb_flags);
+int qcow_file_read(struct qcow_file *f, void *buf, size_t len, loff_t pos);
+int qcow_file_write(struct qcow_file *f, const void *buf, size_t len,
+		    loff_t pos);
+int qcow_file_write_zeroes(struct qcow_file *f, u64 len, loff_t pos);
+int qcow_file_sync(struct qcow_file *f);
+int qcow_file_punch(struct qcow_file *f, u64 pos, u64 len);
+int qcow_file_truncate(struct qcow_file *f, u64 size);
+unsigned int qcow_zero_bvecs(struct bio_vec *bvec, unsigned int room, u64 len);
+
+/* ---- table_cache.c: blocks of tables in memory -------------------------- */
+
+/* A block is a page of a table, or a cluster where clusters are smaller. */
+#define QCOW_BLOCK_BITS		12
+#define QCOW_BLOCK_SIZE		(1U << QCOW_BLOCK_BITS)
+
+/**
+ * struct qcow_cache_stats - counted on each CPU
+ * @hits: look-ups answered from memory
+ * @misses: look-ups that had to read
+ */
+struct qcow_cache_stats {
+	u64 hits;
+	u64 misses;
+};
+
+/**
+ * struct qcow_cache - the memory bound that the tables of some images share
+ * @kref: one for each image, one for the device
+ * @lock: guards @blocks, @count
+ * @blocks: every cached block of every image, in the order of the clock
+ * @count: bytes in @blocks
+ * @limit: most bytes that @count should reach
+ * @pool: struct qcow_block with its data, for progress when memory is short
+ * @shadows: frozen copies, likewise
+ * @shrinker: gives clean blocks back under pressure
+ * @stats: per CPU
+ */
+struct qcow_cache {
+	struct kref kref;
+	spinlock_t lock;	/* guards @blocks, @count */
+	struct list_head blocks;
+	u64 count;
+	u64 limit;
+	mempool_t pool;
+	mempool_t shadows;
+	struct qcow_shrinker shrinker;
+	struct qcow_cache_stats __percpu *stats;
+};
+
+/**
+ * enum qcow_block_kind - which step of a commit writes a block
+ * @QCOW_BLOCK_COUNT: refcount blocks. Safe on disk at any time: an increment is
+ *	made before anything points to the cluster, a decrement after the
+ *	removal of the pointer is durable. Written in step 1.
+ * @QCOW_BLOCK_LINK: L1, L2 and refcount table. They make clusters reachable, so
+ *	they are frozen when a commit begins and written in step 2.
+ */
+enum qcow_block_kind {
+	QCOW_BLOCK_COUNT,
+	QCOW_BLOCK_LINK,
+	QCOW_BLOCK_KINDS,
+};
+
+/* struct qcow_block.state */
+enum {
+	QCOW_BLOCK_READING,	/* bit: being read, @data is not valid yet */
+	QCOW_BLOCK_UPTODATE,	/* bit: @data is what the disk should hold */
+	QCOW_BLOCK_REFERENCED,	/* bit: used since the clock's hand passed */
+};
+
+/**
+ * struct qcow_block - one cached block of a table
+ * @image: whose
+ * @host_offset: where, bytes, a multiple of the image's block size
+ * @pins: users, plus one for being in the cache, plus one for being dirty
+ * @state: bits above
+ * @data: the current content, big-endian as on disk
+ * @shadow: for LINK blocks, where a commit copies @data to write it; there while
+ *	@writers, @dirty or @writing are set, so that making a block dirty cannot
+ *	fail
+ * @writers: who announced changes (qcow_block_prepare), guarded by image->lock
+ * @dirty: @data is newer than what was last handed to a commit, image->lock
+ * @writing: a commit is writing @shadow, image->lock
+ * @kind: set when it becomes dirty
+ * @dirty_node: in image->dirty[@kind], guarded by image->lock
+ * @writing_node: in the list of the commit that writes it
+ * @lru: in cache->blocks, guarded by cache->lock
+ * @rcu: look-ups take no lock
+ */
+struct qcow_block {
+	struct qcow_image *image;
+	u64 host_offset;
+	refcount_t pins;
+	unsigned long state;
+	void *data;
+	void *shadow;
+	unsigned int writers;
+	bool dirty;
+	bool writing;
+	enum qcow_block_kind kind;
+	struct list_head dirty_node;
+	struct list_head writing_node;
+	struct list_head lru;
+	struct rcu_head rcu;
+};
+
+struct qcow_cache *qcow_cache_create(u64 limit);
+void qcow_cache_put(struct qcow_cache *cache);
+int qcow_cache_init(void);
+void qcow_cache_exit(void);
+struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset);
+struct qcow_block *qcow_block_get_zeroed(struct qcow_image *image,
+					 u64 host_offset);
+void qcow_block_put(struct qcow_block *block);
+int qcow_block_prepare(struct qcow_block *block);
+void qcow_block_dirty_locked(struct qcow_block *block,
+			     enum qcow_block_kind kind);
+void qcow_block_unprepare(struct qcow_block *block);
+void qcow_block_written(struct qcow_block *block, bool ok);
+void qcow_cache_drop(struct qcow_image *image, u64 host_offset, u64 len);
+void qcow_cache_drop_all(struct qcow_image *image);
+
+/* ---- image.c: an open image --------------------------------------------- */
+
+/**
+ * struct qcow_free - a run of host clusters that lost a reference
+ * @node: in image->frees, then image->reclaims
+ * @cluster: first, as a cluster number
+ * @count: how many
+ * @punch: give the space back to the host's file system once unused
+ */
+struct qcow_free {
+	struct list_head node;
+	u64 cluster;
+	u64 count;
+	bool punch;
+};
+
+/**
+ * struct qcow_range - guest clusters whose mapping is about to change
+ * @node: in image->ranges
+ * @first: first guest cluster
+ * @last: last guest cluster
+ */
+struct qcow_range {
+	struct list_head node;
+	u64 first;
+	u64 last;
+};
+
+/**
+ * struct qcow_image - one open image: a layer of one or more chains
+ *
+ * Images opened for reading only are shared by all devices that use the same
+ * file; an image that is written belongs to one device.
+ */
+struct qcow_image {
+	struct kref kref;
+	struct list_head registry;	/* in the list of all images */
+	struct qcow_file file;
+	u32 format;			/* QCOW_FORMAT_* */
+	bool writable;
+	struct qcow_header header;	/* as it was at attach */
+	u64 size;			/* bytes a guest sees, a multiple of 512 */
+	u32 cluster_bits;
+	u32 l2_bits;			/* log2 of the entries of an L2 table */
+	u32 block_bits;			/* log2 of the bytes of a cached block */
+	struct qcow_cache *cache;
+	struct xarray blocks;		/* by host offset >> block_bits */
+
+	spinlock_t lock;		/* see the lock order above */
+	struct list_head dirty[QCOW_BLOCK_KINDS];
+	u64 nr_dirty;
+	bool committing;		/* a commit has frozen blocks in flight */
+	struct list_head frees;		/* unlinked in memory, image->lock */
+	struct list_head reclaims;	/* unlinked on disk, image->lock */
+	u64 nr_frees;			/* runs in both lists, image->lock */
+	struct list_head ranges;	/* image->lock */
+	wait_queue_head_t range_wait;
+
+	struct srcu_struct epoch;
+	bool epoch_ready;		/* @epoch is initialised */
+	struct mutex table_mutex;	/* making L2 tables */
+
+	struct mutex commit_mutex;	/* one commit at a time */
+	u64 commits_started;		/* image->lock */
+	u64 commits_done;		/* commit_mutex */
+	int commit_error;		/* of the last one, commit_mutex */
+	struct delayed_work commit_work;
+	struct work_struct reclaim_work;
+	struct work_struct corrupt_work;
+
+	struct mutex alloc_mutex;	/* what follows, and the refcounts */
+	u32 refcount_order;
+	u32 refblock_bits;		/* log2 of the entries of a refcount block */
+	u64 reftable_offset;
+	u32 reftable_clusters;
+	u64 alloc_cursor;		/* cluster number where to look first */
+	u64 pending_first;		/* refcount blocks [first, end) exist but */
+	u64 pending_end;		/* are not reachable on disk yet */
+	u64 refblocks_known;		/* those up to here exist, as far as seen */
+	u64 zero_from;			/* known zero, host bytes: from here ... */
+	u64 zero_to;			/* ... to here; empty where from >= to */
+	u64 end_offset;			/* behind the last cluster ever taken */
+	bool no_punch;			/* the file cannot punch holes */
+	void *scratch;			/* QCOW_BLOCK_SIZE, alloc_mutex */
+	void *table_scratch;		/* QCOW_BLOCK_SIZE, table_mutex */
+	void *bounce;			/* QCOW_BATCH blocks, commit_mutex */
+	struct mutex header_mutex;	/* writing the header */
+	void *header_scratch;		/* QCOW_SECTOR, header_mutex */
+	struct mutex copy_mutex;	/* @copy_buf */
+	void *copy_buf;			/* QCOW_BLOCK_SIZE, copy_mutex */
+
+	bool corrupt;			/* detected or marked: no more writes */
+	bool failed;			/* a barrier failed: no more writes */
+
+	atomic64_t clusters_allocated;
+	atomic64_t clusters_freed;
+};
+
+/**
+ * struct qcow_chain - the image and its backing files
+ * @depth: how many layers
+ * @layers: the image first
+ */
+struct qcow_chain {
+	unsigned int depth;
+	struct qcow_image *layers[];
+};
+
+static inline u32 qcow_cluster_size(const struct qcow_image *image)
+{
+	return 1U << image->cluster_bits;
+}
+
+static inline u32 qcow_block_size(const struct qcow_image *image)
+{
+	return 1U << image->block_bits;
+}
+
+int qcow_image_open(struct file *file, u32 format, bool writable, u32 io_mode,
+		    struct qcow_cache *cache, struct qcow_image **imagep,
+		    struct qcow_message *msg);
+int qcow_image_close(struct qcow_image *image);
+__printf(2, 3)
+void qcow_image_corrupt(struct qcow_image *image, const char *fmt, ...);
+__printf(2, 3)
+void qcow_image_fail(struct qcow_image *image, const char *fmt, ...);
+int qcow_image_update_header(struct qcow_image *image, size_t offset,
+			     const void *data, size_t len);
+extern struct workqueue_struct *qcow_commit_wq;
+
+/**
+ * qcow_image_error - why this image cannot be written any more
+ * @image: a writable image
+ *
+ * Return: 0 if it can, -EIO otherwise.
+ */
+static inline int qcow_image_error(const struct qcow_image *image)
+{
+	return READ_ONCE(image->failed) || READ_ONCE(image->corrupt) ? -EIO : 0;
+}
+
+/**
+ * qcow_image_enter - begin to rely on what a look-up finds
+ * @image: the top layer of a chain
+ *
+ * Until qcow_image_exit(), no cluster that a look-up found is reused or punched.
+ * Lower layers never change and need nothing.
+ *
+ * Return: what to give to qcow_image_exit(), perhaps in another context.
+ */
+static inline int qcow_image_enter(struct qcow_image *image)
+{
+	return image->writable ? qcow_epoch_enter(&image->epoch) : 0;
+}
+
+/**
+ * qcow_image_exit - the I/O that a look-up led to is over
+ * @image: the same
+ * @epoch: from qcow_image_enter()
+ *
+ * Context: any.
+ */
+static inline void qcow_image_exit(struct qcow_image *image, int epoch)
+{
+	if (image->writable)
+		qcow_epoch_exit(&image->epoch, epoch);
+}
+
+/* ---- commit.c: groups, ordering, write-out ------------------------------ */
+
+/* How many blocks are written at once. */
+#define QCOW_BATCH		16
+
+/* Changes wait at most this long for a flush to come. */
+#define QCOW_COMMIT_DELAY	(5 * HZ)
+
+int qcow_commit(struct qcow_image *image);
+int qcow_commit_exclusive(struct qcow_image *image);
+bool qcow_image_dirty(struct qcow_image *image);
+int qcow_commit_all(struct qcow_image *image);
+bool qcow_reclaim_now(struct qcow_image *image);
+void qcow_commit_throttle(struct qcow_image *image);
+void qcow_commit_work_fn(struct work_struct *work);
+void qcow_reclaim_work_fn(struct work_struct *work);
+struct qcow_free *qcow_free_alloc(struct qcow_image *image);
+void qcow_free_discard(struct qcow_free *free);
+void qcow_free_queue_locked(struct qcow_image *image, struct qcow_free *free);
+void qcow_free_reclaim(struct qcow_image *image, struct qcow_free *free);
+int qcow_commit_init(void);
+void qcow_commit_exit(void);
+
+/* ---- refcount.c: refcounts and the allocator ---------------------------- */
+
+u64 qcow_refcount_load(const void *block, u32 order, u64 index);
+void qcow_refcount_store(void *block, u32 order, u64 index, u64 count);
+int qcow_refcount_get(struct qcow_image *image, u64 cluster, u64 *count);
+int qcow_refcount_drop(struct qcow_image *image, u64 cluster);
+int qcow_alloc_clusters(struct qcow_image *image, u64 want, u64 *cluster,
+			u64 *got, bool *zeroed);
+
+/* ---- map.c: from guest offsets to extents ------------------------------- */
+
+/**
+ * enum qcow_extent_type - what is at a guest offset
+ * @QCOW_EXTENT_UNALLOCATED: this layer has nothing, look below
+ * @QCOW_EXTENT_ZERO: reads as zeroes
+ * @QCOW_EXTENT_DATA: is in the layer's file at @host_offset
+ */
+enum qcow_extent_type {
+	QCOW_EXTENT_UNALLOCATED,
+	QCOW_EXTENT_ZERO,
+	QCOW_EXTENT_DATA,
+};
+
+/**
+ * struct qcow_extent - a run of guest bytes that are of one kind
+ * @type: see above
+ * @in_place: DATA that may be overwritten where it is (refcount one)
+ * @image: the layer that decided
+ * @host_offset: for DATA, bytes
+ * @length: bytes
+ */
+struct qcow_extent {
+	enum qcow_extent_type type;
+	bool in_place;
+	struct qcow_image *image;
+	u64 host_offset;
+	u64 length;
+};
+
+u64 qcow_entry_load(struct qcow_image *image, struct qcow_block *block,
+		    unsigned int index);
+struct qcow_block *qcow_l1_block(struct qcow_image *image, u64 guest_offset,
+				 unsigned int *index);
+int qcow_l1_entry(struct qcow_image *image, u64 guest_offset, u64 *entry);
+struct qcow_block *qcow_l2_block(struct qcow_image *image, u64 l1_entry,
+				 u64 guest_offset, unsigned int *index);
+int qcow_l2_classify(struct qcow_image *image, u64 entry, u64 guest_offset,
+		     enum qcow_extent_type *type, u64 *host_offset);
+bool qcow_chain_is_zero(struct qcow_chain *chain, unsigned int first,
+			u64 guest_offset, u64 length, int *error);
+int qcow_map_layer(struct qcow_image *image, u64 guest_offset, u64 length,
+		   struct qcow_extent *extent);
+int qcow_map(struct qcow_chain *chain, unsigned int first, u64 guest_offset,
+	     u64 length, struct qcow_extent *extent);
+int qcow_chain_read(struct qcow_chain *chain, u64 guest_offset, u64 length,
+		    void *buf);
+
+/* ---- cluster.c: changing the mapping ------------------------------------ */
+
+/* Head or tail up to this long are written together with the guest's data. */
+#define QCOW_MERGE_FILL		(128U << 10)
+
+/**
+ * struct qcow_fill - what surrounds the guest's data in its clusters
+ * @length: bytes; 0 where nothing needs to be written
+ * @copy: their content, or NULL for zeroes
+ */
+struct qcow_fill {
+	u32 length;
+	void *copy;
+};
+
+/**
+ * struct qcow_write - a write that changes the mapping, between begin and end
+ * @image: the top layer
+ * @range: the guest clusters that are locked
+ * @l2: the block with their entries, prepared
+ * @index: of the first entry in @l2
+ * @count: how many clusters
+ * @host_offset: of the first cluster; the others follow
+ * @data_offset: where in the clusters the guest's data begins, bytes
+ * @length: of the guest's data, bytes
+ * @head: to be written before it
+ * @tail: to be written behind it
+ * @fresh: the clusters are newly allocated, to be freed if the write fails
+ * @frees: runs that the old entries lose when the write succeeds
+ * @abort: a node to free the new clusters with
+ */
+struct qcow_write {
+	struct qcow_image *image;
+	struct qcow_range range;
+	struct qcow_block *l2;
+	unsigned int index;
+	unsigned int count;
+	u64 host_offset;
+	u32 data_offset;
+	u64 length;
+	struct qcow_fill head;
+	struct qcow_fill tail;
+	bool fresh;
+	struct list_head frees;
+	struct qcow_free *abort;
+};
+
+int qcow_write_begin(struct qcow_chain *chain, u64 guest_offset, u64 length,
+		     struct qcow_write *write);
+void qcow_write_end(struct qcow_write *write, int error);
+int qcow_fill_write(struct qcow_image *image, const struct qcow_fill *fill,
+		    u64 host_offset);
+int qcow_write_zeroes(struct qcow_chain *chain, u64 guest_offset, u64 length,
+		      bool unmap);
+int qcow_discard(struct qcow_chain *chain, u64 guest_offset, u64 length,
+		 bool keep);
+
+#endif /* QCOW_H */

@@ -1,0 +1,609 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * From block layer requests to I/O on the files.
+ *
+ * queue_rq() hands each request to a worker, because looking up a table may read
+ * it, and an allocating write may wait. The worker resolves the request to
+ * segments (runs that are contiguous in one file) and starts their I/O; it does
+ * not wait for it. Each segment that reads or overwrites holds an epoch from
+ * before its look-up until its I/O is complete; each segment that changes the
+ * mapping holds a lock on its clusters instead. The request completes when the
+ * worker and all segments have dropped it.
+ *
+ * What a file could not do at once (short, -EAGAIN) is done again from the start
+ * of the segment, in a worker of another queue, so that it never waits for
+ * workers that wait for it.
+ *
+ * FUA: an overwrite whose mapping is durable carries IOCB_DSYNC; anything else is
+ * followed by a commit.
+ */
+#include <linux/blk-cgroup.h>
+#include <linux/blk-mq.h>
+#include <linux/kthread.h>
+#include <linux/memcontrol.h>
+#include <linux/sched/mm.h>
+#include <linux/slab.h>
+
+#include <linux/qcow.h>
+
+#include "device.h"
+#include "qcow.h"
+
+#define QCOW_SEGMENT_POOL_MIN	16
+#define QCOW_VECS_POOL_MIN	4
+/* Enough for every request that the limits allow, and its head and tail. */
+#define QCOW_VECS		256
+
+/**
+ * struct qcow_request - what the driver keeps for each request
+ * @work: runs it; queued again for the commit after a FUA write
+ * @dev: the device
+ * @pending: the worker, and each segment in flight
+ * @error: the first one, or 0
+ * @commit: commit before completing
+ * @committing: all segments are done, the commit is next
+ * @vecs: the memory of the guest
+ * @nr_vecs: how many
+ * @offset: bytes of the first one that belong to an earlier request
+ * @pooled: @vecs is from qcow_request_vecs
+ * @blkcg: whom the I/O is charged to
+ * @memcg: whom the memory is charged to
+ */
+struct qcow_request {
+	struct work_struct work;
+	struct qcow_device *dev;
+	atomic_t pending;
+	int error;
+	bool commit;
+	bool committing;
+	bool pooled;
+	unsigned int nr_vecs;
+	unsigned int offset;
+	struct bio_vec *vecs;
+	struct cgroup_subsys_state *blkcg;
+	struct cgroup_subsys_state *memcg;
+};
+
+/**
+ * struct qcow_segment - one contiguous piece of I/O for a request
+ * @io: the I/O
+ * @req: whose
+ * @file: where
+ * @pos: where, bytes
+ * @skip: bytes of the request that come before this segment
+ * @length: bytes, with head and tail
+ * @iocb_flags: IOCB_DSYNC or 0
+ * @mapping: @write is in use, otherwise @epoch
+ * @epoch: from qcow_image_enter()
+ * @write: the change of the mapping that waits for this I/O
+ * @vecs: head, data and tail, for a segment with @mapping
+ * @nr_vecs: how many
+ * @retry: does it again
+ */
+struct qcow_segment {
+	struct qcow_io io;
+	struct qcow_request *req;
+	struct qcow_file *file;
+	u64 pos;
+	u64 skip;
+	u64 length;
+	int iocb_flags;
+	bool mapping;
+	int epoch;
+	struct qcow_write write;
+	struct bio_vec *vecs;
+	unsigned int nr_vecs;
+	struct work_struct retry;
+};
+
+static struct kmem_cache *qcow_segment_slab;
+static mempool_t qcow_segments;
+static mempool_t qcow_request_vecs;
+static mempool_t qcow_segment_vecs;
+static struct workqueue_struct *qcow_retry_wq;
+
+/**
+ * qcow_request_size - what the tag set must reserve for each request
+ *
+ * Return: bytes.
+ */
+size_t qcow_request_size(void)
+{
+	return sizeof(struct qcow_request);
+}
+
+static struct qcow_image *qcow_request_image(struct qcow_request *req)
+{
+	return req->dev->chain->layers[0];
+}
+
+static blk_status_t qcow_status(int err)
+{
+	switch (err) {
+	case 0:
+		return BLK_STS_OK;
+	case -ENOSPC:
+	case -EDQUOT:
+	case -EFBIG:
+		return BLK_STS_NOSPC;
+	case -ENOMEM:
+		return BLK_STS_RESOURCE;
+	default:
+		return BLK_STS_IOERR;
+	}
+}
+
+static void qcow_complete_rq(struct request *rq)
+{
+	struct qcow_request *req = blk_mq_rq_to_pdu(rq);
+
+	blk_mq_end_request(rq, qcow_status(READ_ONCE(req->error)));
+}
+
+static void qcow_request_finish(struct qcow_request *req)
+{
+	struct request *rq = blk_mq_rq_from_pdu(req);
+
+	if (req->pooled)
+		mempool_free(req->vecs, &qcow_request_vecs);
+	if (req->memcg)
+		css_put(req->memcg);
+	if (req->error)
+		this_cpu_inc(req->dev->stats->errors);
+	if (likely(!blk_should_fake_timeout(rq->q)))
+		blk_mq_complete_request(rq);
+}
+
+static void qcow_request_put(struct qcow_request *req)
+{
+	if (!atomic_dec_and_test(&req->pending))
+		return;
+	if (req->commit && !READ_ONCE(req->error)) {
+		req->committing = true;
+		queue_work(req->dev->wq, &req->work);
+		return;
+	}
+	qcow_request_finish(req);
+}
+
+static void qcow_request_error(struct qcow_request *req, int err)
+{
+	if (err)
+		cmpxchg(&req->error, 0, err);
+}
+
+/* Describe a part of the guest's memory. */
+static void qcow_request_iter(struct qcow_request *req, struct iov_iter *iter,
+			      u64 skip, u64 length)
+{
+	struct request *rq = blk_mq_rq_from_pdu(req);
+
+	iov_iter_bvec(iter, rq_data_dir(rq) == WRITE ? ITER_SOURCE : ITER_DEST,
+		      req->vecs, req->nr_vecs, blk_rq_bytes(rq));
+	iter->iov_offset = req->offset;
+	iov_iter_advance(iter, skip);
+	iov_iter_truncate(iter, length);
+}
+
+static void qcow_segment_iter(struct qcow_segment *seg)
+{
+	if (seg->mapping)
+		iov_iter_bvec(&seg->io.iter, ITER_SOURCE, seg->vecs,
+			      seg->nr_vecs, seg->length);
+	else
+		qcow_request_iter(seg->req, &seg->io.iter, seg->skip,
+				  seg->length);
+}
+
+static void qcow_segment_end(struct qcow_segment *seg, int err)
+{
+	struct qcow_request *req = seg->req;
+
+	if (seg->mapping) {
+		qcow_write_end(&seg->write, err);
+		mempool_free(seg->vecs, &qcow_segment_vecs);
+	} else {
+		qcow_image_exit(qcow_request_image(req), seg->epoch);
+	}
+	mempool_free(seg, &qcow_segments);
+	qcow_request_error(req, err);
+	qcow_request_put(req);
+}
+
+static void qcow_segment_retry(struct work_struct *work)
+{
+	struct qcow_segment *seg = container_of(work, struct qcow_segment,
+						retry);
+	unsigned int noio = memalloc_noio_save();
+	int err;
+
+	qcow_segment_iter(seg);
+	err = qcow_file_rw(seg->file, &seg->io.iter, seg->pos, seg->iocb_flags);
+	memalloc_noio_restore(noio);
+	qcow_segment_end(seg, err);
+}
+
+static void qcow_segment_done(struct qcow_io *io, long ret)
+{
+	struct qcow_segment *seg = container_of(io, struct qcow_segment, io);
+
+	if (ret == seg->length) {
+		qcow_segment_end(seg, 0);
+	} else if (ret >= 0 || ret == -EAGAIN || ret == -EINTR ||
+		   ret == -ERESTARTSYS || ret == -EOPNOTSUPP ||
+		   ret == -ENOMEM) {
+		INIT_WORK(&seg->retry, qcow_segment_retry);
+		queue_work(qcow_retry_wq, &seg->retry);
+	} else {
+		qcow_segment_end(seg, ret);
+	}
+}
+
+static void qcow_segment_submit(struct qcow_segment *seg)
+{
+	atomic_inc(&seg->req->pending);
+	qcow_segment_iter(seg);
+	seg->io.done = qcow_segment_done;
+	qcow_io_submit(&seg->io, seg->file, seg->pos, seg->iocb_flags);
+}
+
+static struct qcow_segment *qcow_segment_alloc(struct qcow_request *req,
+					       u64 skip)
+{
+	struct qcow_segment *seg = mempool_alloc(&qcow_segments, GFP_NOIO);
+
+	seg->req = req;
+	seg->skip = skip;
+	seg->iocb_flags = 0;
+	seg->mapping = false;
+	return seg;
+}
+
+static void qcow_segment_set(struct qcow_segment *seg,
+			     const struct qcow_extent *extent)
+{
+	seg->file = &extent->image->file;
+	seg->pos = extent->host_offset;
+	seg->length = extent->length;
+}
+
+static int qcow_read(struct qcow_request *req, u64 guest_offset, u64 length)
+{
+	struct qcow_image *image = qcow_request_image(req);
+	struct qcow_extent extent;
+	struct qcow_segment *seg;
+	struct iov_iter iter;
+	u64 skip;
+	int err;
+
+	for (skip = 0; skip < length; skip += extent.length) {
+		seg = qcow_segment_alloc(req, skip);
+		seg->epoch = qcow_image_enter(image);
+		err = qcow_map(req->dev->chain, 0, guest_offset + skip,
+			       length - skip, &extent);
+		if (!err && extent.type == QCOW_EXTENT_DATA) {
+			qcow_segment_set(seg, &extent);
+			qcow_segment_submit(seg);
+			continue;
+		}
+		qcow_image_exit(image, seg->epoch);
+		mempool_free(seg, &qcow_segments);
+		if (err)
+			return err;
+		qcow_request_iter(req, &iter, skip, extent.length);
+		iov_iter_zero(extent.length, &iter);
+	}
+	return 0;
+}
+
+static unsigned int qcow_fill_vecs(const struct qcow_fill *fill,
+				   struct bio_vec *vecs)
+{
+	if (!fill->length)
+		return 0;
+	if (!fill->copy)
+		return qcow_zero_bvecs(vecs, QCOW_VECS, fill->length);
+	vecs->bv_page = virt_to_page(fill->copy);
+	vecs->bv_offset = offset_in_page(fill->copy);
+	vecs->bv_len = fill->length;
+	return 1;
+}
+
+/* Head, guest data and tail in one list. */
+static int qcow_segment_gather(struct qcow_segment *seg)
+{
+	struct request *rq = blk_mq_rq_from_pdu(seg->req);
+	struct qcow_write *write = &seg->write;
+	u64 skip = seg->skip, left = write->length;
+	struct req_iterator iter;
+	struct bio_vec vec;
+	unsigned int n;
+
+	/* Zero pages, and each segment that the limits allow, fit. */
+	BUILD_BUG_ON(2 * (QCOW_MERGE_FILL / 4096) + QCOW_MAX_SEGMENTS >
+		     QCOW_VECS);
+	n = qcow_fill_vecs(&write->head, seg->vecs);
+	rq_for_each_bvec(vec, rq, iter) {
+		if (skip >= vec.bv_len) {
+			skip -= vec.bv_len;
+			continue;
+		}
+		if (!left)
+			break;
+		if (n >= QCOW_VECS - QCOW_MERGE_FILL / 4096)
+			return -EIO;
+		/* vec itself must not change, the loop advances by it. */
+		seg->vecs[n] = vec;
+		seg->vecs[n].bv_offset += skip;
+		seg->vecs[n].bv_len = min_t(u64, vec.bv_len - skip, left);
+		left -= seg->vecs[n++].bv_len;
+		skip = 0;
+	}
+	n += qcow_fill_vecs(&write->tail, seg->vecs + n);
+	seg->nr_vecs = n;
+	return 0;
+}
+
+/* A piece of a write that has to change the mapping. */
+static int qcow_write_mapping(struct qcow_segment *seg, u64 guest_offset,
+			      u64 length, u64 *done)
+{
+	struct qcow_request *req = seg->req;
+	struct qcow_write *write = &seg->write;
+	int err;
+
+	err = qcow_write_begin(req->dev->chain, guest_offset, length, write);
+	if (err)
+		return err;
+	seg->mapping = true;
+	seg->vecs = mempool_alloc(&qcow_segment_vecs, GFP_NOIO);
+	seg->file = &write->image->file;
+	seg->pos = write->host_offset + write->data_offset - write->head.length;
+	seg->length = write->head.length + write->length + write->tail.length;
+	*done = write->length;
+	err = qcow_segment_gather(seg);
+	if (err) {
+		qcow_write_end(write, err);
+		mempool_free(seg->vecs, &qcow_segment_vecs);
+		return err;
+	}
+	if (blk_mq_rq_from_pdu(req)->cmd_flags & REQ_FUA)
+		req->commit = true;
+	qcow_segment_submit(seg);
+	return 0;
+}
+
+static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
+{
+	bool fua = blk_mq_rq_from_pdu(req)->cmd_flags & REQ_FUA;
+	struct qcow_image *image = qcow_request_image(req);
+	struct qcow_extent extent;
+	struct qcow_segment *seg;
+	u64 skip, done;
+	int err;
+
+	for (skip = 0; skip < length; skip += done) {
+		err = qcow_image_error(image);
+		if (err)
+			return err;
+		seg = qcow_segment_alloc(req, skip);
+		seg->epoch = qcow_image_enter(image);
+		err = qcow_map_layer(image, guest_offset + skip, length - skip,
+				     &extent);
+		if (!err && extent.in_place) {
+			done = extent.length;
+			qcow_segment_set(seg, &extent);
+			/* After the look-up: then its entry was durable. */
+			if (fua && qcow_image_dirty(image))
+				req->commit = true;
+			else if (fua)
+				seg->iocb_flags = IOCB_DSYNC;
+			qcow_segment_submit(seg);
+			continue;
+		}
+		qcow_image_exit(image, seg->epoch);
+		done = 0;
+		if (!err)
+			err = qcow_write_mapping(seg, guest_offset + skip,
+						 length - skip, &done);
+		if (err)
+			mempool_free(seg, &qcow_segments);
+		if (err < 0)
+			return err;
+		/* 1: somebody else linked the cluster meanwhile. Look again. */
+	}
+	return 0;
+}
+
+/* Collect the guest's memory in one array, without copying where it is one. */
+static int qcow_request_map(struct qcow_request *req)
+{
+	struct request *rq = blk_mq_rq_from_pdu(req);
+	struct req_iterator iter;
+	struct bio_vec vec;
+	unsigned int n = 0;
+
+	req->pooled = false;
+	rq_for_each_bvec(vec, rq, iter)
+		n++;
+	req->nr_vecs = n;
+	if (rq->bio == rq->biotail) {
+		req->offset = qcow_bio_skip(rq->bio);
+		req->vecs = rq->bio->bi_io_vec + rq->bio->bi_iter.bi_idx;
+		return 0;
+	}
+	if (n > QCOW_VECS)
+		return -EIO;
+	req->offset = 0;
+	req->vecs = mempool_alloc(&qcow_request_vecs, GFP_NOIO);
+	req->pooled = true;
+	n = 0;
+	rq_for_each_bvec(vec, rq, iter)
+		req->vecs[n++] = vec;
+	return 0;
+}
+
+static int qcow_request_run(struct qcow_request *req)
+{
+	struct request *rq = blk_mq_rq_from_pdu(req);
+	u64 guest_offset = (u64)blk_rq_pos(rq) << SECTOR_SHIFT;
+	struct qcow_device *dev = req->dev;
+	u64 length = blk_rq_bytes(rq);
+	int err;
+
+	/* The block layer only warns of writes to a read-only device. */
+	if (dev->read_only && req_op(rq) != REQ_OP_READ)
+		return req_op(rq) == REQ_OP_FLUSH ? 0 : -EIO;
+
+	switch (req_op(rq)) {
+	case REQ_OP_READ:
+		this_cpu_inc(dev->stats->reads);
+		return qcow_request_map(req) ?:
+		       qcow_read(req, guest_offset, length);
+	case REQ_OP_WRITE:
+		this_cpu_inc(dev->stats->writes);
+		return qcow_request_map(req) ?:
+		       qcow_write(req, guest_offset, length);
+	case REQ_OP_FLUSH:
+		this_cpu_inc(dev->stats->flushes);
+		return qcow_commit(qcow_request_image(req));
+	case REQ_OP_DISCARD:
+		this_cpu_inc(dev->stats->discards);
+		return qcow_discard(dev->chain, guest_offset, length,
+				    dev->discard == QCOW_DISCARD_KEEP);
+	case REQ_OP_WRITE_ZEROES:
+		this_cpu_inc(dev->stats->zeroes);
+		err = qcow_write_zeroes(dev->chain, guest_offset, length,
+					!(rq->cmd_flags & REQ_NOUNMAP) &&
+					dev->discard == QCOW_DISCARD_UNMAP);
+		if (rq->cmd_flags & REQ_FUA)
+			req->commit = true;
+		return err;
+	default:
+		return -EIO;
+	}
+}
+
+static void qcow_request_work(struct work_struct *work)
+{
+	struct qcow_request *req = container_of(work, struct qcow_request,
+						work);
+	unsigned int flags = current->flags & (PF_LOCAL_THROTTLE |
+					       PF_MEMALLOC_NOIO);
+	struct mem_cgroup *old_memcg = NULL;
+	bool charged = req->memcg;
+
+	current->flags |= PF_LOCAL_THROTTLE | PF_MEMALLOC_NOIO;
+	if (req->committing) {
+		qcow_request_error(req, qcow_commit(qcow_request_image(req)));
+		qcow_request_finish(req);
+		goto out;
+	}
+	if (req->blkcg)
+		kthread_associate_blkcg(req->blkcg);
+	if (charged)
+		old_memcg = set_active_memcg(mem_cgroup_from_css(req->memcg));
+
+	qcow_request_error(req, qcow_request_run(req));
+
+	if (req->blkcg)
+		kthread_associate_blkcg(NULL);
+	if (charged)
+		set_active_memcg(old_memcg);
+	qcow_request_put(req);
+out:
+	/* The request may be gone. */
+	current->flags = (current->flags & ~(PF_LOCAL_THROTTLE |
+					     PF_MEMALLOC_NOIO)) | flags;
+}
+
+static blk_status_t qcow_queue_rq(struct blk_mq_hw_ctx *hctx,
+				  const struct blk_mq_queue_data *bd)
+{
+	struct request *rq = bd->rq;
+	struct qcow_request *req = blk_mq_rq_to_pdu(rq);
+
+	blk_mq_start_request(rq);
+	atomic_set(&req->pending, 1);
+	req->error = 0;
+	req->commit = false;
+	req->committing = false;
+	req->pooled = false;
+	req->blkcg = NULL;
+	req->memcg = NULL;
+#ifdef CONFIG_BLK_CGROUP
+	if (rq->bio) {
+		req->blkcg = bio_blkcg_css(rq->bio);
+#ifdef CONFIG_MEMCG
+		if (req->blkcg)
+			req->memcg = cgroup_get_e_css(req->blkcg->cgroup,
+						      &memory_cgrp_subsys);
+#endif
+	}
+#endif
+	queue_work(req->dev->wq, &req->work);
+	return BLK_STS_OK;
+}
+
+static int QCOW_INIT_REQUEST(qcow_init_request)
+{
+	struct qcow_request *req = blk_mq_rq_to_pdu(rq);
+
+	INIT_WORK(&req->work, qcow_request_work);
+	req->dev = set->driver_data;
+	return 0;
+}
+
+const struct blk_mq_ops qcow_mq_ops = {
+	.queue_rq	= qcow_queue_rq,
+	.complete	= qcow_complete_rq,
+	.init_request	= qcow_init_request,
+};
+
+/**
+ * qcow_request_init - once, when the module is loaded
+ *
+ * Return: 0 or -ENOMEM.
+ */
+int qcow_request_init(void)
+{
+	qcow_segment_slab = KMEM_CACHE(qcow_segment, 0);
+	if (!qcow_segment_slab)
+		return -ENOMEM;
+	if (mempool_init_slab_pool(&qcow_segments, QCOW_SEGMENT_POOL_MIN,
+				   qcow_segment_slab))
+		goto out_slab;
+	if (mempool_init_kmalloc_pool(&qcow_request_vecs, QCOW_VECS_POOL_MIN,
+				      QCOW_VECS * sizeof(struct bio_vec)))
+		goto out_segments;
+	if (mempool_init_kmalloc_pool(&qcow_segment_vecs, QCOW_VECS_POOL_MIN,
+				      QCOW_VECS * sizeof(struct bio_vec)))
+		goto out_request_vecs;
+	qcow_retry_wq = alloc_workqueue("qcow-retry", WQ_MEM_RECLAIM |
+					WQ_UNBOUND, 0);
+	if (!qcow_retry_wq)
+		goto out_segment_vecs;
+	return 0;
+
+out_segment_vecs:
+	mempool_exit(&qcow_segment_vecs);
+out_request_vecs:
+	mempool_exit(&qcow_request_vecs);
+out_segments:
+	mempool_exit(&qcow_segments);
+out_slab:
+	kmem_cache_destroy(qcow_segment_slab);
+	return -ENOMEM;
+}
+
+/**
+ * qcow_request_exit - when the module is unloaded
+ */
+void qcow_request_exit(void)
+{
+	destroy_workqueue(qcow_retry_wq);
+	mempool_exit(&qcow_segment_vecs);
+	mempool_exit(&qcow_request_vecs);
+	mempool_exit(&qcow_segments);
+	kmem_cache_destroy(qcow_segment_slab);
+}

@@ -1,0 +1,612 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Cached blocks of tables: L1, L2, refcount table, refcount blocks.
+ *
+ * A block is 4 KiB of a table, or a cluster where clusters are smaller, so that
+ * a random access costs one small read and one page whatever the cluster size.
+ * It is found by its host offset in its image's xarray, under RCU; a reference
+ * (a pin) keeps it. The cache itself holds one pin, and being dirty holds one
+ * more, so a block whose only pin is the cache's is clean and may be evicted.
+ *
+ * A missing block is read once: whoever inserts it reads it, and all others wait
+ * for the READING bit. If the read fails, the block leaves the cache again, so
+ * that a later look-up tries again.
+ *
+ * Memory: blocks come from a mempool, so that a look-up always gets one in the
+ * end; when the limit is reached, or memory is short, the clock evicts clean
+ * blocks. The limit may be exceeded by what is pinned and dirty, which the
+ * number of requests in flight and qcow_commit_throttle() bound.
+ *
+ * A block that is going to be changed is first prepared: it gets its shadow, the
+ * page into which a commit copies it. So making it dirty, which happens when I/O
+ * completes, needs no memory and cannot fail.
+ */
+#include <linux/sched.h>
+#include <linux/slab.h>
+
+#include "qcow.h"
+#include "trace.h"
+
+/* Blocks and shadows that are set aside for when memory is short. */
+#define QCOW_POOL_MIN	16
+
+#define QCOW_CACHE_DEFAULT	(16ULL << 20)
+#define QCOW_CACHE_MIN		(256ULL << 10)
+
+static struct kmem_cache *qcow_block_slab;
+
+static void qcow_block_free_rcu(struct rcu_head *rcu)
+{
+	struct qcow_block *block = container_of(rcu, struct qcow_block, rcu);
+
+	kfree(block->data);
+	kmem_cache_free(qcow_block_slab, block);
+}
+
+static void *qcow_block_pool_alloc(gfp_t gfp, void *data)
+{
+	struct qcow_block *block = kmem_cache_alloc(qcow_block_slab, gfp);
+
+	if (!block)
+		return NULL;
+	/* naturally aligned, as direct I/O wants it */
+	block->data = kmalloc(QCOW_BLOCK_SIZE, gfp);
+	if (!block->data) {
+		kmem_cache_free(qcow_block_slab, block);
+		return NULL;
+	}
+	return block;
+}
+
+static void qcow_block_pool_free(void *element, void *data)
+{
+	struct qcow_block *block = element;
+
+	/* Somebody may just be looking at it. */
+	call_rcu(&block->rcu, qcow_block_free_rcu);
+}
+
+/* The last pin went, and with it every way to find the block. */
+static void qcow_block_release(struct qcow_cache *cache,
+			       struct qcow_block *block)
+{
+	if (block->shadow)
+		mempool_free(block->shadow, &cache->shadows);
+	block->shadow = NULL;
+	/*
+	 * A pool that is below its reserve would hand the block out again at
+	 * once, under the eyes of an RCU reader. That reader can only try to
+	 * take a pin, which fails while there is none, and look at the key,
+	 * which it checks again once it has one.
+	 */
+	mempool_free(block, &cache->pool);
+}
+
+/**
+ * qcow_block_put - drop a pin
+ * @block: from qcow_block_get()
+ *
+ * Context: any.
+ */
+void qcow_block_put(struct qcow_block *block)
+{
+	if (refcount_dec_and_test(&block->pins))
+		qcow_block_release(block->image->cache, block);
+}
+
+static unsigned long qcow_block_index(struct qcow_image *image, u64 host_offset)
+{
+	return host_offset >> image->block_bits;
+}
+
+/* Take a block, of which we hold a pin, out of sight. Its cache pin is dropped. */
+static void qcow_block_unhash(struct qcow_block *block)
+{
+	struct qcow_image *image = block->image;
+	struct qcow_cache *cache = image->cache;
+	bool listed;
+
+	xa_cmpxchg(&image->blocks, qcow_block_index(image, block->host_offset),
+		   block, NULL, 0);
+	spin_lock(&cache->lock);
+	listed = !list_empty(&block->lru);
+	if (listed) {
+		list_del_init(&block->lru);
+		cache->count -= QCOW_BLOCK_SIZE;
+	}
+	spin_unlock(&cache->lock);
+	if (listed)
+		qcow_block_put(block);
+}
+
+/*
+ * Evict up to @want clean blocks. The hand of the clock goes round at most
+ * twice, so that blocks used recently get one more chance.
+ */
+static unsigned long qcow_cache_evict(struct qcow_cache *cache,
+				      unsigned long want)
+{
+	struct qcow_block *block;
+	unsigned long done = 0;
+	unsigned long left;
+	LIST_HEAD(victims);
+
+	spin_lock(&cache->lock);
+	left = 2 * (unsigned long)(cache->count >> QCOW_BLOCK_BITS) + 2;
+	while (done < want && left-- && !list_empty(&cache->blocks)) {
+		block = list_first_entry(&cache->blocks, struct qcow_block, lru);
+		list_move_tail(&block->lru, &cache->blocks);
+		if (test_and_clear_bit(QCOW_BLOCK_REFERENCED, &block->state))
+			continue;
+		/* From one to none: nobody uses it, and nobody can any more. */
+		if (!refcount_dec_if_one(&block->pins))
+			continue;
+		/* While the list has the block, its image exists. */
+		xa_cmpxchg(&block->image->blocks,
+			   qcow_block_index(block->image, block->host_offset),
+			   block, NULL, 0);
+		list_move_tail(&block->lru, &victims);
+		cache->count -= QCOW_BLOCK_SIZE;
+		done++;
+	}
+	spin_unlock(&cache->lock);
+
+	while (!list_empty(&victims)) {
+		block = list_first_entry(&victims, struct qcow_block, lru);
+		list_del_init(&block->lru);
+		qcow_block_release(cache, block);
+	}
+	return done;
+}
+
+static unsigned long qcow_cache_count(void *private)
+{
+	struct qcow_cache *cache = private;
+	unsigned long count = READ_ONCE(cache->count) >> QCOW_BLOCK_BITS;
+
+	return count ?: SHRINK_EMPTY;
+}
+
+static unsigned long qcow_cache_scan(void *private, unsigned long nr)
+{
+	return qcow_cache_evict(private, nr) ?: SHRINK_STOP;
+}
+
+/**
+ * qcow_cache_create - a new memory bound
+ * @limit: bytes, 0 for the default
+ *
+ * Return: the cache, to be given back with qcow_cache_put(), or NULL.
+ */
+struct qcow_cache *qcow_cache_create(u64 limit)
+{
+	struct qcow_cache *cache = kzalloc(sizeof(*cache), GFP_KERNEL);
+
+	if (!cache)
+		return NULL;
+	kref_init(&cache->kref);
+	spin_lock_init(&cache->lock);
+	INIT_LIST_HEAD(&cache->blocks);
+	cache->limit = max(limit ?: QCOW_CACHE_DEFAULT, QCOW_CACHE_MIN);
+	if (mempool_init(&cache->pool, QCOW_POOL_MIN, qcow_block_pool_alloc,
+			 qcow_block_pool_free, NULL))
+		goto out_free;
+	if (mempool_init_kmalloc_pool(&cache->shadows, QCOW_POOL_MIN,
+				      QCOW_BLOCK_SIZE))
+		goto out_pool;
+	cache->stats = alloc_percpu(struct qcow_cache_stats);
+	if (!cache->stats)
+		goto out_shadows;
+	if (qcow_shrinker_register(&cache->shrinker, qcow_cache_count,
+				   qcow_cache_scan, cache, "qcow-tables"))
+		goto out_stats;
+	return cache;
+
+out_stats:
+	free_percpu(cache->stats);
+out_shadows:
+	mempool_exit(&cache->shadows);
+out_pool:
+	mempool_exit(&cache->pool);
+out_free:
+	kfree(cache);
+	return NULL;
+}
+
+static void qcow_cache_release(struct kref *kref)
+{
+	struct qcow_cache *cache = container_of(kref, struct qcow_cache, kref);
+
+	qcow_shrinker_unregister(&cache->shrinker);
+	free_percpu(cache->stats);
+	mempool_exit(&cache->shadows);
+	mempool_exit(&cache->pool);
+	kfree(cache);
+}
+
+/**
+ * qcow_cache_put - drop a reference
+ * @cache: may be NULL
+ *
+ * Context: may sleep. The images that used it are closed before the last one.
+ */
+void qcow_cache_put(struct qcow_cache *cache)
+{
+	if (cache)
+		kref_put(&cache->kref, qcow_cache_release);
+}
+
+static struct qcow_block *qcow_block_alloc(struct qcow_cache *cache)
+{
+	struct qcow_block *block;
+
+	if (READ_ONCE(cache->count) >= cache->limit)
+		qcow_cache_evict(cache, 2);
+	while (!(block = mempool_alloc(&cache->pool, GFP_NOIO &
+				       ~__GFP_DIRECT_RECLAIM))) {
+		/* Rather an old block than waiting for memory. */
+		if (!qcow_cache_evict(cache, 1))
+			io_schedule_timeout(1);
+	}
+	return block;
+}
+
+/* Find a block and pin it. NULL if it is not there. */
+static struct qcow_block *qcow_block_lookup(struct qcow_image *image,
+					    u64 host_offset)
+{
+	struct qcow_block *block;
+
+	rcu_read_lock();
+	block = xa_load(&image->blocks, qcow_block_index(image, host_offset));
+	if (block && !refcount_inc_not_zero(&block->pins))
+		block = NULL;
+	rcu_read_unlock();
+	/* pairs with the barrier in qcow_block_find() */
+	smp_rmb();
+	if (block && unlikely(block->image != image ||
+			      block->host_offset != host_offset)) {
+		/* It was evicted and reused between finding and pinning it. */
+		qcow_block_put(block);
+		block = NULL;
+	}
+	return block;
+}
+
+/* Wait until somebody else's read is over. */
+static struct qcow_block *qcow_block_wait(struct qcow_block *block)
+{
+	wait_on_bit(&block->state, QCOW_BLOCK_READING, TASK_UNINTERRUPTIBLE);
+	if (likely(test_bit(QCOW_BLOCK_UPTODATE, &block->state)))
+		return block;
+	qcow_block_put(block);
+	return ERR_PTR(-EIO);
+}
+
+static struct qcow_block *qcow_block_find(struct qcow_image *image,
+					  u64 host_offset, bool zeroed)
+{
+	unsigned long index = qcow_block_index(image, host_offset);
+	struct qcow_cache *cache = image->cache;
+	struct qcow_block *block, *old;
+	int err;
+
+	block = qcow_block_lookup(image, host_offset);
+	if (likely(block)) {
+		if (!test_bit(QCOW_BLOCK_REFERENCED, &block->state))
+			set_bit(QCOW_BLOCK_REFERENCED, &block->state);
+		if (unlikely(!test_bit_acquire(QCOW_BLOCK_UPTODATE,
+					       &block->state)))
+			return qcow_block_wait(block);
+		this_cpu_inc(cache->stats->hits);
+		return block;
+	}
+	/* Only where a long is 32 bits: the cache cannot address that far. */
+	if (sizeof(long) < sizeof(u64) &&
+	    host_offset >> image->block_bits > ULONG_MAX)
+		return ERR_PTR(-EFBIG);
+
+	block = qcow_block_alloc(cache);
+	block->image = image;
+	block->host_offset = host_offset;
+	block->state = BIT(QCOW_BLOCK_READING) | BIT(QCOW_BLOCK_REFERENCED);
+	block->shadow = NULL;
+	block->writers = 0;
+	block->dirty = false;
+	block->writing = false;
+	INIT_LIST_HEAD(&block->dirty_node);
+	INIT_LIST_HEAD(&block->writing_node);
+	INIT_LIST_HEAD(&block->lru);
+	/*
+	 * One pin for the cache, one for us. A look-up that found the block in
+	 * its former life can pin it from here on, and must see the new key.
+	 */
+	smp_wmb();
+	refcount_set(&block->pins, 2);
+
+	for (;;) {
+		old = xa_cmpxchg(&image->blocks, index, NULL, block, GFP_NOIO);
+		if (!old)
+			break;
+		if (xa_is_err(old)) {
+			/* No memory for a node of the tree: make some. */
+			if (!qcow_cache_evict(cache, 8))
+				io_schedule_timeout(1);
+			continue;
+		}
+		/* Somebody was faster, or an evicted block is on its way out. */
+		old = qcow_block_lookup(image, host_offset);
+		if (old) {
+			qcow_block_put(block);
+			qcow_block_put(block);
+			return qcow_block_wait(old);
+		}
+		cond_resched();
+	}
+
+	if (zeroed) {
+		memset(block->data, 0, qcow_block_size(image));
+		err = 0;
+	} else {
+		this_cpu_inc(cache->stats->misses);
+		err = qcow_file_read(&image->file, block->data,
+				     qcow_block_size(image), host_offset);
+		trace_qcow_table_read(image, host_offset,
+				      qcow_block_size(image), err);
+	}
+	if (!err)
+		set_bit(QCOW_BLOCK_UPTODATE, &block->state);
+	spin_lock(&cache->lock);
+	list_add_tail(&block->lru, &cache->blocks);
+	cache->count += QCOW_BLOCK_SIZE;
+	spin_unlock(&cache->lock);
+	clear_and_wake_up_bit(QCOW_BLOCK_READING, &block->state);
+	if (err) {
+		qcow_block_unhash(block);
+		qcow_block_put(block);
+		return ERR_PTR(err);
+	}
+	return block;
+}
+
+/**
+ * qcow_block_get - a block of a table, from memory or from the file
+ * @image: whose table
+ * @host_offset: of the block, bytes, a multiple of the image's block size
+ *
+ * Context: may sleep and read the file. Inside an epoch this is fine.
+ *
+ * Return: the block with a pin, to be dropped with qcow_block_put(); or an
+ * ERR_PTR() with the errno of the read.
+ */
+struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset)
+{
+	return qcow_block_find(image, host_offset, false);
+}
+
+/**
+ * qcow_block_get_zeroed - a block that is known to hold zeroes in the file
+ * @image: whose table
+ * @host_offset: of the block, bytes
+ *
+ * Like qcow_block_get(), without reading.
+ *
+ * Return: the block with a pin, or an ERR_PTR().
+ */
+struct qcow_block *qcow_block_get_zeroed(struct qcow_image *image,
+					 u64 host_offset)
+{
+	return qcow_block_find(image, host_offset, true);
+}
+
+/**
+ * qcow_block_prepare - announce changes to a block that links clusters
+ * @block: an L1, L2 or refcount table block, pinned by the caller
+ *
+ * Afterwards qcow_block_dirty_locked() with QCOW_BLOCK_LINK is allowed until
+ * qcow_block_unprepare().
+ *
+ * Context: may sleep, and may run a commit to get memory; so not inside an epoch
+ * and not under commit_mutex or alloc_mutex.
+ *
+ * Return: 0 or the errno of that commit.
+ */
+int qcow_block_prepare(struct qcow_block *block)
+{
+	struct qcow_image *image = block->image;
+	void *shadow = NULL;
+	unsigned long flags;
+	bool done;
+	int err;
+
+	for (;;) {
+		spin_lock_irqsave(&image->lock, flags);
+		if (!block->shadow)
+			swap(block->shadow, shadow);
+		done = block->shadow;
+		if (done)
+			block->writers++;
+		spin_unlock_irqrestore(&image->lock, flags);
+		if (done)
+			break;
+		shadow = mempool_alloc(&image->cache->shadows,
+				       GFP_NOIO & ~__GFP_DIRECT_RECLAIM);
+		if (shadow)
+			continue;
+		/* Shadows come back when their blocks have been written. */
+		err = qcow_commit(image);
+		if (err)
+			return err;
+		io_schedule_timeout(1);
+	}
+	if (shadow)
+		mempool_free(shadow, &image->cache->shadows);
+	return 0;
+}
+
+static void *qcow_block_take_shadow(struct qcow_block *block)
+{
+	void *shadow = NULL;
+
+	if (!block->writers && !block->dirty && !block->writing)
+		swap(block->shadow, shadow);
+	return shadow;
+}
+
+/**
+ * qcow_block_unprepare - no more changes from this writer
+ * @block: prepared by the caller
+ *
+ * Context: any.
+ */
+void qcow_block_unprepare(struct qcow_block *block)
+{
+	struct qcow_image *image = block->image;
+	unsigned long flags;
+	void *shadow;
+
+	spin_lock_irqsave(&image->lock, flags);
+	block->writers--;
+	shadow = qcow_block_take_shadow(block);
+	spin_unlock_irqrestore(&image->lock, flags);
+	if (shadow)
+		mempool_free(shadow, &image->cache->shadows);
+}
+
+/**
+ * qcow_block_dirty_locked - the content has just been changed
+ * @block: pinned; prepared if @kind is QCOW_BLOCK_LINK
+ * @kind: which step of a commit may write it
+ *
+ * Context: image->lock is held, and was while the content changed.
+ */
+void qcow_block_dirty_locked(struct qcow_block *block, enum qcow_block_kind kind)
+{
+	struct qcow_image *image = block->image;
+
+	lockdep_assert_held(&image->lock);
+	if (block->dirty)
+		return;
+	block->dirty = true;
+	block->kind = kind;
+	refcount_inc(&block->pins);
+	list_add_tail(&block->dirty_node, &image->dirty[kind]);
+	if (!image->nr_dirty++)
+		mod_delayed_work(qcow_commit_wq, &image->commit_work,
+				 QCOW_COMMIT_DELAY);
+}
+
+/**
+ * qcow_block_written - a commit is finished with a block
+ * @block: with @block->writing set; the pin of its dirtiness is dropped here,
+ *	or, if it stays dirty, kept
+ * @ok: it was written
+ *
+ * Context: process.
+ */
+void qcow_block_written(struct qcow_block *block, bool ok)
+{
+	struct qcow_image *image = block->image;
+	unsigned long flags;
+	bool keep = false;
+	void *shadow;
+
+	spin_lock_irqsave(&image->lock, flags);
+	block->writing = false;
+	if (!ok && !block->dirty) {
+		block->dirty = true;
+		list_add(&block->dirty_node, &image->dirty[block->kind]);
+		image->nr_dirty++;
+		keep = true;
+	}
+	shadow = qcow_block_take_shadow(block);
+	spin_unlock_irqrestore(&image->lock, flags);
+	if (shadow)
+		mempool_free(shadow, &image->cache->shadows);
+	if (!keep)
+		qcow_block_put(block);
+}
+
+/**
+ * qcow_cache_drop - forget the cached blocks of a range of the file
+ * @image: whose
+ * @host_offset: bytes
+ * @len: bytes
+ *
+ * For clusters that are free now: whatever is written there next, it is not what
+ * the cache holds. Nothing in the range may be dirty.
+ *
+ * Context: may sleep.
+ */
+void qcow_cache_drop(struct qcow_image *image, u64 host_offset, u64 len)
+{
+	unsigned long first = qcow_block_index(image, host_offset);
+	unsigned long last = qcow_block_index(image, host_offset + len - 1);
+	struct qcow_block *block;
+	unsigned long index;
+
+	xa_for_each_range(&image->blocks, index, block, first, last) {
+		block = qcow_block_lookup(image, (u64)index << image->block_bits);
+		if (!block)
+			continue;
+		qcow_block_unhash(block);
+		qcow_block_put(block);
+	}
+}
+
+/**
+ * qcow_cache_drop_all - forget all blocks of an image that is closed
+ * @image: nobody else uses it any more
+ *
+ * What is still dirty is lost. Afterwards the cache does not know the image.
+ *
+ * Context: may sleep.
+ */
+void qcow_cache_drop_all(struct qcow_image *image)
+{
+	struct qcow_cache *cache = image->cache;
+	struct qcow_block *block, *next;
+	LIST_HEAD(blocks);
+
+	spin_lock(&cache->lock);
+	list_for_each_entry_safe(block, next, &cache->blocks, lru) {
+		if (block->image != image)
+			continue;
+		list_move_tail(&block->lru, &blocks);
+		cache->count -= QCOW_BLOCK_SIZE;
+	}
+	spin_unlock(&cache->lock);
+
+	list_for_each_entry_safe(block, next, &blocks, lru) {
+		list_del_init(&block->lru);
+		xa_erase(&image->blocks,
+			 qcow_block_index(image, block->host_offset));
+		if (block->dirty) {
+			list_del(&block->dirty_node);
+			block->dirty = false;
+			qcow_block_put(block);
+		}
+		qcow_block_put(block);
+	}
+	xa_destroy(&image->blocks);
+}
+
+/**
+ * qcow_cache_init - once, when the module is loaded
+ *
+ * Return: 0 or -ENOMEM.
+ */
+int qcow_cache_init(void)
+{
+	qcow_block_slab = KMEM_CACHE(qcow_block, 0);
+	return qcow_block_slab ? 0 : -ENOMEM;
+}
+
+/**
+ * qcow_cache_exit - when the module is unloaded
+ */
+void qcow_cache_exit(void)
+{
+	rcu_barrier();
+	kmem_cache_destroy(qcow_block_slab);
+}

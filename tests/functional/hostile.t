@@ -1,0 +1,243 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-only
+# No field of an image, whatever its value, does worse than fail the attach or the request that meets it.
+# kernels: 6.1 debug
+# timeout: 900
+
+# shellcheck source=tests/functional/cells.sh
+. "$(dirname "$0")/cells.sh"
+
+need_driver
+# A file system of its own: it can be unmounted when nothing holds a file of it.
+truncate -s 64M "$WORK/fs.img"
+mkfs.ext4 -q -F "$WORK/fs.img"
+mkdir "$WORK/fs"
+modprobe -q loop
+mount -o loop "$WORK/fs.img" "$WORK/fs" || skip_all "no loop device"
+cd "$WORK/fs" || exit
+
+# Header 0, refcount table 0x10000, block 0x20000, L1 0x30000, L2 0x40000, data
+# 0x50000 to 0x5ffff and 0x60000 to 0x6ffff.
+make_good() {
+	qemu-img create -q -f qcow2 -o compat="$1" good.qcow2 64M &&
+		qemu-io -f qcow2 -c 'write -q -P 0x41 0 64k' \
+			-c 'write -q -P 0x42 64k 64k' good.qcow2
+}
+
+# The header, field by field: refused at attach, in one line, read-only or not.
+# refused DESC OFFSET HEX [OFFSET HEX]...
+refused() {
+	local desc=$1 option result=ok
+	shift
+
+	cp good.qcow2 bad.qcow2
+	while (($#)); do
+		put_bytes bad.qcow2 "$1" "$2"
+		shift 2
+	done
+	for option in "" --read-only; do
+		if try_attach ${option:+"$option"} "$PWD/bad.qcow2"; then
+			result="attached with '$option'"
+			try_detach
+		elif (($(wc -l <"$WORK/.err") != 1)); then
+			result="not one line: $(<"$WORK/.err")"
+		fi
+	done
+	is "refused: $desc" "$result" ok
+	diag "$(<"$WORK/.err")"
+}
+
+make_good 1.1
+refused "magic" 0 00
+refused "version 1" 4 00000001
+refused "version 4" 4 00000004
+refused "version 2^32-1" 4 ffffffff
+refused "backing file offset beyond the first cluster" 8 0000000000010001 16 00000004
+refused "backing file offset 2^64-1" 8 ffffffffffffffff 16 00000004
+refused "backing file name of 1024 bytes" 8 0000000000000200 16 00000400
+refused "backing file name that leaves the first cluster" 8 000000000000fff0 16 00000100
+refused "cluster bits 0" 20 00000000
+refused "cluster bits 8" 20 00000008
+refused "cluster bits 22" 20 00000016
+refused "cluster bits 63" 20 0000003f
+refused "cluster bits 2^32-1" 20 ffffffff
+refused "size 2^64-1" 24 ffffffffffffffff
+refused "size 2^63" 24 8000000000000000
+refused "size that the L1 table does not cover" 24 0000000100000000
+refused "encryption method 1" 32 00000001
+refused "encryption method 2" 32 00000002
+refused "encryption method 3" 32 00000003
+refused "L1 size 0" 36 00000000
+refused "L1 table of more than 32 MiB" 36 00400001
+refused "L1 size 2^32-1" 36 ffffffff
+refused "L1 offset 0" 40 0000000000000000
+refused "L1 offset not aligned" 40 0000000000030200
+refused "L1 offset 2^64-2^16" 40 ffffffffffff0000
+refused "L1 offset 2^63" 40 8000000000000000
+refused "refcount table not aligned" 48 0000000000010200
+refused "refcount table at 2^64-2^16" 48 ffffffffffff0000
+refused "refcount table of 0 clusters" 56 00000000
+refused "refcount table of more than 8 MiB" 56 00000081
+refused "refcount table of 2^32-1 clusters" 56 ffffffff
+refused "65537 snapshots" 60 00010001 64 0000000000070000
+refused "snapshot table not aligned" 60 00000001 64 0000000000070200
+refused "incompatible bit 2, external data file" 72 0000000000000004
+refused "incompatible bit 3, without the compression type" 72 0000000000000008
+refused "incompatible bit 4, extended L2 entries" 72 0000000000000010
+refused "incompatible bit 5" 72 0000000000000020
+refused "incompatible bit 63" 72 8000000000000000
+refused "refcount order 7" 96 00000007
+refused "refcount order 2^32-1" 96 ffffffff
+refused "header length 96" 100 00000060
+refused "header length 103" 100 00000067
+refused "header length beyond the cluster" 100 00010008
+refused "header length 2^32-1" 100 ffffffff
+refused "compression type 1 without its bit" 104 01
+refused "compression type 7" 72 0000000000000008 104 07
+refused "header extension longer than the cluster" 112 12345678 116 00010000
+refused "header extension of 2^32-1 bytes" 112 12345678 116 ffffffff
+refused "backing format of 2^32-8 bytes" 112 e2792aca 116 fffffff8
+: >bad.qcow2
+refused_empty() {
+	not_ok "refused: $1" try_attach "$PWD/bad.qcow2"
+	diag "$(<"$WORK/.err")"
+}
+refused_empty "empty file"
+head -c 71 good.qcow2 >bad.qcow2
+refused_empty "half a header"
+head -c 512 /dev/urandom >bad.qcow2
+refused_empty "noise"
+
+# The features that are not there are refused by name.
+# by_name FEATURE REGEX OPTIONS
+by_name() {
+	if ! qemu-img create -q -f qcow2 -o "$3" feature.qcow2 8M 2>"$WORK/.err"; then
+		skip "$1 is refused by name" "qemu-img cannot make it"
+		return
+	fi
+	if try_attach "$PWD/feature.qcow2"; then
+		fail "$1 is refused by name"
+		try_detach
+	else
+		like "$1 is refused by name" "$(<"$WORK/.err")" "$2"
+	fi
+}
+by_name "extended L2" '[Ee]xtended.L2|[Ss]ubcluster' extended_l2=on
+by_name "zstd compression" '[Cc]ompression|zstd' compression_type=zstd
+by_name "an external data file" '[Dd]ata.file' data_file=data.raw
+qemu-img create -q --object secret,id=s,data=abc -f qcow2 \
+	-o encrypt.format=aes,encrypt.key-secret=s aes.qcow2 8M 2>/dev/null
+if [[ -e aes.qcow2 ]]; then
+	not_ok "encryption is refused" try_attach "$PWD/aes.qcow2"
+	like "encryption is refused by name" "$(<"$WORK/.err")" '[Ee]ncrypt|[Cc]rypt'
+else
+	skip "encryption is refused by name" "qemu-img cannot make it"
+fi
+
+# A compressed cluster reads right or not at all.
+head -c 65536 /dev/zero | tr '\0' C >plain
+head -c 1M /dev/urandom >>plain
+qemu-img convert -c -f raw -O qcow2 plain comp.qcow2
+if try_attach --read-only "$PWD/comp.qcow2"; then
+	if dd if="$DEV" of=got bs=64k count=1 iflag=direct 2>"$WORK/.err"; then
+		ok "a compressed cluster reads right" cmp -n 65536 got plain
+	else
+		like "a compressed cluster gives an I/O error" "$(<"$WORK/.err")" 'Input/output'
+	fi
+	detach
+else
+	like "compressed clusters are refused by name" "$(<"$WORK/.err")" '[Cc]ompress'
+fi
+
+# The tables. Attach may refuse; where it does not, requests that meet the
+# damage fail or read zeroes, the rest works, and what was not damaged stays.
+# survives DESC OFFSET HEX [OFFSET HEX]...
+survives() {
+	local desc=$1 result=ok got
+	shift
+
+	cp good.qcow2 bad.qcow2
+	while (($#)); do
+		put_bytes bad.qcow2 "$1" "$2"
+		shift 2
+	done
+	if try_attach "$PWD/bad.qcow2"; then
+		dd if="$DEV" of=/dev/null bs=64k count=16 iflag=direct conv=noerror 2>/dev/null
+		timeout 60 dd if=/dev/urandom of="$DEV" bs=4k count=1 oflag=direct 2>/dev/null
+		timeout 60 dd if=/dev/urandom of="$DEV" bs=64k count=20 seek=40 oflag=direct conv=fsync 2>/dev/null
+		timeout 60 fallocate -p -o 16k -l 256k "$DEV" 2>/dev/null
+		timeout 60 blkdiscard -o 128k -l 1M "$DEV" 2>/dev/null
+		timeout 60 dd if=/dev/urandom of="$DEV" bs=64k count=20 seek=900 oflag=direct conv=fsync 2>/dev/null
+		try_detach || result="detach: $(<"$WORK/.err")"
+		forget "$DEV"
+	elif (($(wc -l <"$WORK/.err") != 1)); then
+		result="not one line: $(<"$WORK/.err")"
+	fi
+	# The second data cluster was never written to by its guest address.
+	got=$(head -c 4 bad.qcow2 | od -An -tx1 | tr -d ' ')
+	if [[ $got != 514649fb ]]; then
+		result="the header was overwritten: $got"
+	fi
+	is "survived: $desc" "$result" ok
+}
+
+versions=(1.1 0.10)
+if [[ $QUICK ]]; then
+	versions=(1.1)
+fi
+for version in "${versions[@]}"; do
+	make_good "$version"
+	t=$((0x30000)) l2=$((0x40000))
+	survives "$version L1 entry not aligned" $t 8000000000040200
+	survives "$version L1 entry with reserved bits" $t ff00000000040000
+	survives "$version L1 entry with low reserved bits" $t 80000000000401ff
+	survives "$version L1 entry beyond the file" $t 8000000010000000
+	survives "$version L1 entry at 2^56-2^16" $t 80ffffffffff0000
+	survives "$version L1 entry that is the header" $t 8000000000000000
+	survives "$version L1 entry that is the L1 table" $t 8000000000030000
+	survives "$version L1 entry that is the refcount table" $t 8000000000010000
+	survives "$version L1 entry that is the refcount block" $t 8000000000020000
+	survives "$version two L1 entries for one L2 table" $((t + 8)) 8000000000040000
+	survives "$version L2 entry not aligned" $l2 8000000000050200
+	survives "$version L2 entry with reserved bits" $l2 bf00000000050000
+	survives "$version L2 entry with low reserved bits" $l2 80000000000501fe
+	survives "$version L2 entry with the zero bit" $l2 8000000000050001
+	survives "$version L2 entry beyond the file" $l2 8000000010000000
+	survives "$version L2 entry at 2^56-2^16" $l2 80ffffffffff0000
+	survives "$version L2 entry that is the header" $l2 8000000000000000
+	survives "$version L2 entry that is the L1 table" $l2 8000000000030000
+	survives "$version L2 entry that is its L2 table" $l2 8000000000040000
+	survives "$version L2 entry that is the refcount table" $l2 8000000000010000
+	survives "$version L2 entry that is the refcount block" $l2 8000000000020000
+	survives "$version two L2 entries for one cluster" $l2 8000000000060000
+	survives "$version compressed entry beyond the file" $l2 4000000010000000
+	survives "$version compressed entry of greatest size" $l2 7fffffffffffffff
+	survives "$version compressed entry with the copied bit" $l2 c000000000050000
+	survives "$version refcount table entry 0" $((0x10000)) 0000000000000000
+	survives "$version refcount table entry not aligned" $((0x10000)) 0000000000020200
+	survives "$version refcount table entry with reserved bits" $((0x10000)) 00000000000201ff
+	survives "$version refcount table entry beyond the file" $((0x10000)) 0000000010000000
+	survives "$version refcount table entry at 2^64-2^16" $((0x10000)) ffffffffffff0000
+	survives "$version refcount table entry that is the header" $((0x10000)) 0000000000000000
+	survives "$version refcount table entry that is the L1 table" $((0x10000)) 0000000000030000
+	survives "$version refcount of the header 0" $((0x20000)) 0000
+	survives "$version refcount of the L1 table 0" $((0x20006)) 0000
+	survives "$version refcount of the L2 table 0" $((0x20008)) 0000
+	survives "$version refcounts of the data 0" $((0x2000a)) 00000000
+	survives "$version refcount of the data 2^16-1" $((0x2000a)) ffff
+	survives "$version all refcounts 0" $((0x20000)) 0000000000000000000000000000
+	survives "$version L1 table beyond the file" 40 0000000010000000
+	survives "$version L1 table that is the refcount table" 40 0000000000010000
+	survives "$version L1 table that is the first cluster of data" 40 0000000000050000
+	survives "$version refcount table beyond the file" 48 0000000010000000
+	survives "$version refcount table that is the L1 table" 48 0000000000030000
+	survives "$version refcount table that is the header" 48 0000000000000000
+	survives "$version snapshots beyond the file" 60 00000005 64 0000000010000000
+	survives "$version size 0" 24 0000000000000000
+	survives "$version size 1" 24 0000000000000001
+done
+
+cd /
+ok "no file of a failed attach is still open" umount "$WORK/fs"
+no_kernel_report
+done_testing

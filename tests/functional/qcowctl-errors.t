@@ -1,0 +1,270 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-only
+# Whatever qcowctl refuses before it needs the driver, it refuses with the documented exit code and one line that says why.
+# kernels: 6.1 debug
+
+# shellcheck source=tests/functional/qcowctl.sh
+. "$(dirname "$0")/qcowctl.sh"
+
+cd "$WORK" || exit
+qemu-img create -q -f raw base.raw 1M
+qemu-img create -q -f qcow2 base.qcow2 1M
+qemu-img create -q -f qcow2 ok.qcow2 1M
+
+# Usage: 2
+refused "no command" 2 "no command ''; try qcowctl --help"
+refused "an unknown command" 2 "no command 'mount'; try" mount
+refused "attach without an image" 2 "attach: too few operands; give IMAGE" attach
+refused "attach two images" 2 "attach: too many operands" attach a b
+refused "an unknown long option" 2 "option --frobnicate .*attach --help" \
+	attach --frobnicate ok.qcow2
+refused "an unknown letter in a bundle" 2 "option -x " attach -rx ok.qcow2
+refused "an option without its value" 2 "option --number needs a value" \
+	attach ok.qcow2 --number
+refused "a letter without its value" 2 "option -n needs a value" attach ok.qcow2 -n
+refused "a value that is not wanted" 2 "option --read-only=yes " \
+	attach --read-only=yes ok.qcow2
+for n in x 1x -1 +1 ' 1' '' 0x1 2147483648 99999999999999999999; do
+	refused "the device number '$n'" 2 "--number cannot be '${n/+/\\+}'" \
+		attach --number="$n" ok.qcow2
+done
+for n in x 1Z -1 1KK K '' 18446744073709551616 16777216T 1.5M; do
+	refused "the cache size '$n'" 2 "--cache-size cannot be '$n'" \
+		attach --cache-size="$n" ok.qcow2
+done
+refused "an unknown discard mode" 2 "--discard cannot be 'on'" \
+	attach --discard=on ok.qcow2
+refused "an unknown I/O mode" 2 "--io cannot be 'fast'" attach --io=fast ok.qcow2
+refused "the format raw" 2 "--format cannot be 'raw'; .*losetup" \
+	attach -f raw base.raw
+refused "an unknown format" 2 "--format cannot be 'vmdk'; only qcow2" \
+	attach --format=vmdk ok.qcow2
+refused "an unknown backing format" 2 "--backing-format cannot be 'qcow'" \
+	attach -F qcow ok.qcow2
+refused "detach nothing" 2 "nothing to detach" detach
+refused "detach all and one" 2 "--all and 'qcow0' exclude" detach --all qcow0
+refused "list something" 2 "list: too many operands; give none" list qcow0
+refused "an unknown column" 2 "no column 'nope'" list -o name,nope
+refused "an empty column" 2 "no column ''" list -o name,
+refused "info on nothing" 2 "info: too few operands" info
+refused "version of something" 2 "version: too many operands" version 1
+
+# Files: 5, 3
+refused "an image that does not exist" 5 "nope.qcow2: No such file.*check" \
+	attach nope.qcow2
+refused "an empty name" 5 ": No such file" attach ''
+refused "a file taken for a directory" 5 "Not a directory" attach ok.qcow2/x
+refused "info on a file that does not exist" 5 "nope: No such file" info nope
+refused "a name with a line break is one line" 5 'a\\012b: No such file' \
+	attach $'a\nb'
+refused "a directory" 3 "neither a file nor a block device" attach .
+mkfifo pipe
+refused "a FIFO, without waiting for a writer" 3 "neither a file" attach pipe
+refused "a character device" 3 "neither a file" attach /dev/null
+refused "a raw image" 3 "not a qcow2 image; .*losetup" attach base.raw
+: >empty
+refused "an empty file" 3 "not a qcow2 image" attach empty
+
+# Headers: 3
+damaged() {
+	cp ok.qcow2 bad.qcow2
+	poke bad.qcow2 "$3" "$4"
+	refused "$1" 3 "bad.qcow2: $2" attach bad.qcow2
+}
+damaged "version 1" "qcow2 version 1; only" 7 '\x01'
+damaged "version 4" "qcow2 version 4; only" 7 '\x04'
+damaged "clusters of 256 bytes" "damaged header: cluster_bits is 8" 23 '\x08'
+damaged "clusters of 4 MiB" "damaged header: cluster_bits is 22" 23 '\x16'
+damaged "a header of 103 bytes" "damaged header: header_length is 103" 103 '\x67'
+damaged "a header longer than a cluster" "damaged header: header_length is 65648" 101 '\x01'
+backing ok-chain.qcow2 base.raw raw
+damaged_chain() {
+	cp ok-chain.qcow2 bad.qcow2
+	poke bad.qcow2 "$3" "$4"
+	refused "$1" 3 "bad.qcow2: damaged header: $2" attach bad.qcow2
+}
+damaged_chain "a backing name far away" "backing_file_offset is 72057" 8 '\x01'
+damaged_chain "a backing name in the header" "backing_file_offset is 8" \
+	8 '\0\0\0\0\0\0\0\x08'
+damaged_chain "a backing name beyond the cluster" "backing_file_size is 8" \
+	8 '\0\0\0\0\0\0\xff\xf9'
+damaged_chain "a backing name of 1024 bytes" "backing_file_size is 1024" \
+	16 '\0\0\x04\0'
+damaged_chain "an extension beyond the name" \
+	"a header extension of length 4294967295" 116 '\xff\xff\xff\xff'
+damaged_chain "a backing format of 16 bytes" "a backing format of length 16" \
+	119 '\x10'
+truncate -s 20 short.qcow2
+poke short.qcow2 0 'QFI\xfb\0\0\0\x03'
+refused "a header cut short" 3 "short.qcow2: damaged header" attach short.qcow2
+
+# Backing files
+backing top.qcow2 nope.raw raw
+refused "a backing file that does not exist" 5 \
+	"nope.raw: No such file.*; it is the backing file of top.qcow2" attach top.qcow2
+backing top.qcow2 base.raw qcow2
+refused "raw that is called qcow2" 3 \
+	"base.raw: not a qcow2 image, though its overlay calls it one" attach top.qcow2
+backing top.qcow2 base.raw vmdk
+refused "a backing format that is neither" 3 "format 'vmdk'; only raw and qcow2" \
+	attach top.qcow2
+backing top.qcow2 base.raw
+refused "no format, raw content" 3 \
+	"qemu-img rebase -u -b base.raw -F raw top.qcow2 " attach top.qcow2
+backing top.qcow2 base.qcow2
+refused "no format, qcow2 content" 3 \
+	"qemu-img rebase -u -b base.qcow2 -F qcow2 top.qcow2 " attach top.qcow2
+mkdir "a b"
+backing "a b/it's.qcow2" ../base.raw
+refused "the command that mends it is quoted" 3 \
+	"-b ../base.raw -F raw 'a b/it'\\\\''s.qcow2' " attach "a b/it's.qcow2"
+command=$("$QCOWCTL" attach "a b/it's.qcow2" 2>&1 |
+	sed 's/.*run: \(.*\) (or use.*/\1/')
+ok "the command that mends it works" bash -c "$command"
+is "and the format is there afterwards" \
+	"$(qemu-img info --output=json "a b/it's.qcow2" | jq -r '.["backing-filename-format"]')" raw
+backing ./a:b.qcow2 base.raw
+refused "a name that QEMU would take for a protocol" 3 \
+	"-F raw ./a:b.qcow2 " attach a:b.qcow2
+
+# protocol NAME PROTOCOL
+protocol() {
+	backing top.qcow2 "$1" raw
+	refused "the backing name $1" 3 "top.qcow2: .* protocol '$2'; only local" \
+		attach top.qcow2
+}
+protocol nbd://host/export nbd
+protocol nbd:unix:/run/nbd.sock nbd
+protocol http://host/base.img http
+protocol rbd:pool/image rbd
+protocol sub:dir/base.img sub
+protocol 'json:{"driver":"raw","file":{"driver":"nbd","host":"h"}}' nbd
+protocol 'json:{"driver":"raw","file.filename":"nbd://host/x"}' nbd
+protocol 'json:{"driver":"nbd","host":"h"}' nbd
+
+# json NAME REGEX
+json() {
+	backing top.qcow2 "json:$1" "${3:-raw}"
+	refused "the backing name json:$1" 3 "top.qcow2: .*$2" attach top.qcow2
+}
+json '{"driver":"raw"}' 'has no file.filename'
+json '{"driver":"raw","file":{"driver":"file"}}' 'has no file.filename'
+json '{"driver":"raw","file":{"driver":"file","filename":3}}' "'file.filename'"
+json '{"driver":"raw","file":"node0"}' "the option 'file'"
+json '{"driver":"raw","offset":512,"file.filename":"base.raw"}' "the option 'offset'"
+json '{"driver":"qcow2","backing":null,"file.filename":"base.qcow2"}' \
+	"the option 'backing'" qcow2
+json '{"driver":"vmdk","file.filename":"base.raw"}' "the format 'vmdk'"
+json '{"driver":"qcow2","file.filename":"base.qcow2"}' 'both raw and qcow2'
+json '[1]' 'not one JSON object'
+json '{"driver":"raw"' 'not one JSON object'
+json '{"driver":"raw"}x' 'not one JSON object'
+
+# Loops
+backing self.qcow2 self.qcow2 qcow2
+refused "an image that backs itself" 3 \
+	"self.qcow2: the backing chain is a loop, this file is self.qcow2 again" \
+	attach self.qcow2
+backing one.qcow2 two.qcow2 qcow2
+backing two.qcow2 "$WORK/one.qcow2" qcow2
+refused "a loop of two, by another name" 3 \
+	"/one.qcow2: .* loop, this file is one.qcow2 again, by way of two.qcow2" \
+	attach one.qcow2
+backing three.qcow2 one.qcow2 qcow2
+refused "a loop further down" 3 "one.qcow2: .* is one.qcow2 again" attach three.qcow2
+
+# A chain longer than the limit of open files
+prev=base.raw format=raw
+for ((i = 0; i < 12; i++)); do
+	backing "deep$i.qcow2" "$prev" "$format"
+	prev=deep$i.qcow2 format=qcow2
+done
+(
+	ulimit -n 10
+	"$QCOWCTL" attach deep11.qcow2
+) >"$WORK/.out" 2>&1
+is "too many files: the exit code" $? 1
+like "too many files: the limit is named" "$(<"$WORK/.out")" \
+	'too many open files, [0-9]+ of the chain .* hard limit of 10'
+
+# Opening for writing: 6, 4
+cp "$(type -P sleep)" running
+./running 60 &
+refused "a file that cannot be written, being run" 4 \
+	"cannot be opened for writing: Text file busy; .*--read-only" attach running
+kill $!
+wait $! 2>/dev/null
+mkdir ro
+if mount -t tmpfs ro ro 2>/dev/null; then
+	cp ok.qcow2 ro/
+	mount -o remount,ro ro
+	refused "an image on a read-only file system" 6 \
+		"cannot be opened for writing: Read-only file system; .*--read-only" \
+		attach ro/ok.qcow2
+	umount ro
+else
+	skip "an image on a read-only file system" "mount fails"
+fi
+truncate -s 64M fs.raw
+mkfs.ext4 -q fs.raw
+if loop=$(losetup --find --show fs.raw 2>/dev/null) && mount "$loop" ro; then
+	refused "a block device that is mounted" 4 \
+		"$loop: the block device is in use" attach "$loop"
+	umount ro
+	losetup -d "$loop"
+else
+	skip "a block device that is mounted" "no loop device"
+fi
+
+# Locks: 4
+hold ok.qcow2
+refused "an image that QEMU writes" 4 \
+	"ok.qcow2: $HOLDER \(qemu-io\) has it open for writing" attach ok.qcow2
+refused "an image that QEMU writes, read-only" 4 \
+	"$HOLDER \(qemu-io\) has it open for writing" attach --read-only ok.qcow2
+release
+hold -r ok.qcow2
+refused "an image that QEMU reads" 4 \
+	"$HOLDER \(qemu-io\) uses it and lets nobody write; .*--read-only" attach ok.qcow2
+release
+backing top.qcow2 base.qcow2 qcow2
+hold base.qcow2
+refused "a backing file that QEMU writes" 4 \
+	"base.qcow2: $HOLDER \(qemu-io\) has it open for writing" attach top.qcow2
+release
+
+# Without the driver: 6
+if [[ -e /dev/qcow-control ]]; then
+	skip "without the driver" "the driver is loaded"
+else
+	for command in "attach ok.qcow2" "detach 0" "detach -a" list "info 0"; do
+		# shellcheck disable=SC2086
+		refused "$command without the driver" 6 "module loaded\? modprobe qcow" \
+			$command
+	done
+fi
+
+# No errors: 0
+for command in "" attach detach list info version; do
+	# shellcheck disable=SC2086
+	like "qcowctl $command --help" "$("$QCOWCTL" $command --help)" '^Usage: qcowctl '
+done
+like "version" "$("$QCOWCTL" version)" $'^qcowctl [0-9.]+\nmodule '
+like "--version" "$("$QCOWCTL" --version)" '^qcowctl [0-9.]+'
+"$QCOWCTL" --help >/dev/full 2>.full
+is "a full standard output: the exit code" $? 1
+like "a full standard output is told" "$(<.full)" '^qcowctl: standard output: No space'
+ok "info on a file is qemu-img info" \
+	cmp <("$QCOWCTL" info ok.qcow2) <(qemu-img info ok.qcow2)
+is "info --json on a file" "$("$QCOWCTL" info -J ok.qcow2 | jq -r .format)" qcow2
+hold ok.qcow2
+not_ok "info on a file that is written" "$QCOWCTL" info ok.qcow2
+ok "info --force-share on a file that is written" "$QCOWCTL" info -U ok.qcow2
+release
+# PATH is for qemu-img: qcowctl itself is found before.
+program=$(type -P "$QCOWCTL")
+is "info on a file without qemu-img" \
+	"$(PATH=$WORK "$program" info ok.qcow2 2>&1; echo $?)" \
+	"qcowctl: ok.qcow2: cannot run qemu-img, which reads files: No such file or directory; install qemu-utils
+1"
+done_testing

@@ -1,0 +1,37 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-only
+# The driver works on this kernel: a file system on an image, and a few random cells.
+# kernels: all
+# timeout: 300
+
+# shellcheck source=tests/functional/cells.sh
+. "$(dirname "$0")/cells.sh"
+
+need_driver
+# What was said before the module was there is not about it.
+kernel_reports >/dev/null
+
+cd "$WORK" || exit
+qemu-img create -q -f qcow2 fs.qcow2 64M
+attach "$WORK/fs.qcow2" || done_testing
+is "the node has its size when attach returns" "$(blockdev --getsize64 "$DEV")" 67108864
+ok "mkfs.ext4" mkfs.ext4 -q -F "$DEV"
+mkdir mnt
+ok "mount" mount "$DEV" mnt
+ok "copy files in" cp -r /etc mnt/
+ok "unmount" umount mnt
+ok "fsck finds a clean file system" e2fsck -fn "$DEV"
+ok "copy the device" dd if="$DEV" of=copy.raw bs=1M iflag=direct status=none
+detach
+check_clean fs.qcow2
+same copy.raw raw fs.qcow2 qcow2
+
+CELL_OPS=1000
+run_cell cs=64k,seed=1
+run_cell cs=4k,chain=qcow2,init=1,seed=2
+run_cell cs=64k,jobs=4,hot=1M,snap=1,seed=3
+run_cell cs=512,rc=8,io=buffered,jobs=4,size=2M,seed=4
+
+ok "the module unloads" rmmod qcow
+no_kernel_report
+done_testing

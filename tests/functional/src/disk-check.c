@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * disk-check HISTORY INITIAL DISK: does DISK, a raw file, hold what it may after
+ * the requests in HISTORY (of qcow-diff) some of which failed? All that completed
+ * before a flush that succeeded must be there.
+ */
+#define PROGRAM "disk-check"
+#include "history-check.h"
+
+int main(int argc, char **argv)
+{
+	uint64_t id, clock = 0, flushes = 0;
+
+	if (argc != 4) {
+		fprintf(stderr, "usage: disk-check HISTORY INITIAL DISK\n");
+		return 2;
+	}
+	load_history(argv[1]);
+	initial = map_file(argv[2], &initial_size);
+	for (id = 1; id <= head->ops; id++) {
+		if (ops[id].error || !ops[id].end)
+			continue;
+		if (ops[id].kind == OP_FLUSH) {
+			flushes++;
+			if (ops[id].begin > clock)
+				clock = ops[id].begin;
+		}
+		if (ops[id].kind == OP_DSYNC)
+			marked[id] = true;
+	}
+	printf("# %" PRIu64 " requests, %" PRIu64 " good flushes, the last at clock %" PRIu64 "\n",
+	       head->ops, flushes, clock);
+	return check_disk(argv[3], clock, argv[3]) ? 0 : 1;
+}
