@@ -1192,8 +1192,6 @@ static struct kunit_case cluster_test_cases[] = {
 
 static struct kunit_suite cluster_test_suite = {
 	.name = "qcow-cluster",
-	.suite_init = qcow_test_suite_init,
-	.suite_exit = qcow_test_suite_exit,
 	.test_cases = cluster_test_cases,
 };
 

@@ -201,7 +201,4 @@ int qcow_test_image_close(struct kunit *test, struct qcow_image *image);
 struct qcow_test_disk *qcow_test_close_and_load(struct qcow_test_file *tf,
 						struct qcow_image *image);
 
-int qcow_test_suite_init(struct kunit_suite *suite);
-void qcow_test_suite_exit(struct kunit_suite *suite);
-
 #endif /* QCOW_IMAGE_BUILDER_H */

@@ -652,8 +652,6 @@ static struct kunit_case map_test_cases[] = {
 
 static struct kunit_suite map_test_suite = {
 	.name = "qcow-map",
-	.suite_init = qcow_test_suite_init,
-	.suite_exit = qcow_test_suite_exit,
 	.test_cases = map_test_cases,
 };
 

@@ -662,8 +662,6 @@ static struct kunit_case refcount_test_cases[] = {
 
 static struct kunit_suite refcount_test_suite = {
 	.name = "qcow-refcount",
-	.suite_init = qcow_test_suite_init,
-	.suite_exit = qcow_test_suite_exit,
 	.test_cases = refcount_test_cases,
 };
 

@@ -81,8 +81,10 @@ static void qcow_range_shrink(struct qcow_image *image,
 /*
  * Fill a new L2 table: with zeroes, or with the entries of the table at @from.
  * The clusters of a shared table are shared as well, so its copy has no COPIED.
+ * Zeroes are written even where there are some: this takes the space that a
+ * commit needs, which is where running out of it would lose data.
  */
-static int qcow_l2_fill(struct qcow_image *image, u64 to, u64 from, bool zeroed)
+static int qcow_l2_fill(struct qcow_image *image, u64 to, u64 from)
 {
 	u32 cluster_size = qcow_cluster_size(image);
 	u32 block_size = qcow_block_size(image);
@@ -92,8 +94,7 @@ static int qcow_l2_fill(struct qcow_image *image, u64 to, u64 from, bool zeroed)
 	int err;
 
 	if (!from)
-		return zeroed ? 0 : qcow_file_write_zeroes(&image->file,
-							   cluster_size, to);
+		return qcow_file_write_zeroes(&image->file, cluster_size, to);
 	for (pos = 0; pos < cluster_size; pos += block_size) {
 		block = qcow_block_get(image, from + pos);
 		if (IS_ERR(block))
@@ -126,8 +127,6 @@ static int qcow_l2_make(struct qcow_image *image, u64 guest_offset)
 
 	/* For the old table, or for the new one if it comes to nothing. */
 	free = qcow_free_alloc(image);
-	if (!free)
-		return -EIO;
 
 	mutex_lock(&image->table_mutex);
 	err = qcow_l1_entry(image, guest_offset, &old);
@@ -147,18 +146,18 @@ static int qcow_l2_make(struct qcow_image *image, u64 guest_offset)
 
 	new = cluster << image->cluster_bits;
 	old &= QCOW_L1_OFFSET_MASK;
-	free->count = 1;
-	free->punch = false;
-	err = qcow_l2_fill(image, new, old, zeroed);
+	err = qcow_l2_fill(image, new, old);
 
 	spin_lock_irqsave(&image->lock, flags);
 	if (!err) {
 		WRITE_ONCE(((__be64 *)block->data)[index],
 			   cpu_to_be64(new | QCOW_OFLAG_COPIED));
-		qcow_block_dirty_locked(block, QCOW_BLOCK_LINK);
+		qcow_block_dirty_locked(block);
 	}
-	if (err || old) {
+	if (free && (err || old)) {
 		free->cluster = (err ? new : old) >> image->cluster_bits;
+		free->count = 1;
+		free->punch = false;
 		qcow_free_queue_locked(image, free);
 		free = NULL;
 	}
@@ -170,7 +169,7 @@ out_put:
 out_unlock:
 	mutex_unlock(&image->table_mutex);
 	if (free)
-		qcow_free_discard(free);
+		qcow_free_discard(image, free);
 	return err;
 }
 
@@ -196,9 +195,8 @@ static struct qcow_block *qcow_l2_for_write(struct qcow_image *image,
 		if (err)
 			return ERR_PTR(err);
 	}
-	if ((entry & QCOW_L1_OFFSET_MASK) >=
-	    round_up(qcow_file_size(&image->file),
-		     (u64)qcow_cluster_size(image))) {
+	if (!qcow_image_has(image, entry & QCOW_L1_OFFSET_MASK,
+			    qcow_cluster_size(image))) {
 		qcow_image_corrupt(image, "the L2 table for guest offset 0x%llx is at host offset 0x%llx, behind the end of the file",
 				   guest_offset, entry & QCOW_L1_OFFSET_MASK);
 		return ERR_PTR(-EIO);
@@ -267,6 +265,13 @@ static int qcow_write_run(struct qcow_image *image, struct qcow_write *write,
 			break;
 	}
 	write->count = n;
+	if (*kind == QCOW_WRITE_REUSE &&
+	    !qcow_image_has(image, write->host_offset,
+			    (u64)n << image->cluster_bits)) {
+		qcow_image_corrupt(image, "guest cluster %llu is mapped to host offset 0x%llx, behind the end of the file",
+				   write->range.first, write->host_offset);
+		return -EIO;
+	}
 	return 0;
 }
 
@@ -280,7 +285,7 @@ static u64 qcow_entry_cluster(struct qcow_image *image, u64 entry)
  * Add a cluster to the runs that are going to be freed. Nodes are taken before
  * anything is changed.
  */
-static int qcow_frees_add(struct qcow_image *image, struct list_head *frees,
+static void qcow_frees_add(struct qcow_image *image, struct list_head *frees,
 			  u64 cluster, bool punch)
 {
 	struct qcow_free *free;
@@ -290,25 +295,25 @@ static int qcow_frees_add(struct qcow_image *image, struct list_head *frees,
 		if (free->cluster + free->count == cluster &&
 		    free->punch == punch) {
 			free->count++;
-			return 0;
+			return;
 		}
 	}
 	free = qcow_free_alloc(image);
 	if (!free)
-		return -EIO;
+		return;
 	free->cluster = cluster;
 	free->count = 1;
 	free->punch = punch;
 	list_add_tail(&free->node, frees);
-	return 0;
 }
 
-static void qcow_frees_discard(struct list_head *frees)
+static void qcow_frees_discard(struct qcow_image *image,
+			       struct list_head *frees)
 {
 	struct qcow_free *free, *next;
 
 	list_for_each_entry_safe(free, next, frees, node)
-		qcow_free_discard(free);
+		qcow_free_discard(image, free);
 	INIT_LIST_HEAD(frees);
 }
 
@@ -390,26 +395,25 @@ static int qcow_write_allocate(struct qcow_image *image,
 	int err;
 
 	write->abort = qcow_free_alloc(image);
-	if (!write->abort)
-		return -EIO;
 	err = qcow_alloc_clusters(image, write->count, &cluster, &got, zeroed);
 	if (err)
 		return err;
 	write->fresh = true;
 	write->count = got;
 	write->host_offset = cluster << image->cluster_bits;
-	write->abort->cluster = cluster;
-	write->abort->count = got;
-	write->abort->punch = false;
-	for (i = 0; i < got && !err; i++) {
+	if (write->abort) {
+		write->abort->cluster = cluster;
+		write->abort->count = got;
+		write->abort->punch = false;
+	}
+	for (i = 0; i < got; i++) {
 		u64 entry = qcow_entry_load(image, write->l2, write->index + i);
 
 		if (entry & QCOW_L2_OFFSET_MASK)
-			err = qcow_frees_add(image, &write->frees,
-					     qcow_entry_cluster(image, entry),
-					     false);
+			qcow_frees_add(image, &write->frees,
+				       qcow_entry_cluster(image, entry), false);
 	}
-	return err;
+	return 0;
 }
 
 /**
@@ -507,9 +511,9 @@ void qcow_write_end(struct qcow_write *write, int error)
 				   cpu_to_be64((write->host_offset +
 						((u64)i << image->cluster_bits)) |
 					       QCOW_OFLAG_COPIED));
-		qcow_block_dirty_locked(write->l2, QCOW_BLOCK_LINK);
+		qcow_block_dirty_locked(write->l2);
 		qcow_frees_queue_locked(image, &write->frees);
-	} else if (write->fresh) {
+	} else if (write->fresh && write->abort) {
 		qcow_free_queue_locked(image, write->abort);
 		write->abort = NULL;
 	}
@@ -519,9 +523,9 @@ void qcow_write_end(struct qcow_write *write, int error)
 
 	qcow_block_unprepare(write->l2);
 	qcow_block_put(write->l2);
-	qcow_frees_discard(&write->frees);
+	qcow_frees_discard(image, &write->frees);
 	if (write->abort)
-		qcow_free_discard(write->abort);
+		qcow_free_discard(image, write->abort);
 	kfree(write->head.copy);
 	kfree(write->tail.copy);
 }
@@ -678,7 +682,7 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 	}
 
 	/* First see what is to be done and get what it needs, ... */
-	for (i = 0; i < count && !err; i++) {
+	for (i = 0; i < count; i++) {
 		entry = qcow_entry_load(image, block, index + i);
 		err = qcow_l2_classify(image, entry, guest_offset +
 				       ((u64)i << image->cluster_bits), &type,
@@ -688,12 +692,11 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 		new = qcow_clear_entry(chain, entry, mode, &freed);
 		changes |= new != entry;
 		if (freed)
-			err = qcow_frees_add(image, &frees,
-					     qcow_entry_cluster(image, entry),
-					     true);
+			qcow_frees_add(image, &frees,
+				       qcow_entry_cluster(image, entry), true);
 	}
 	if (err) {
-		qcow_frees_discard(&frees);
+		qcow_frees_discard(image, &frees);
 		goto out_put;
 	}
 	/* ... then do it. Nobody else changes these entries meanwhile. */
@@ -705,7 +708,7 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 			new = qcow_clear_entry(chain, entry, mode, &freed);
 			WRITE_ONCE(entries[index + i], cpu_to_be64(new));
 		}
-		qcow_block_dirty_locked(block, QCOW_BLOCK_LINK);
+		qcow_block_dirty_locked(block);
 		qcow_frees_queue_locked(image, &frees);
 		spin_unlock_irqrestore(&image->lock, flags);
 	}

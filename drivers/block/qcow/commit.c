@@ -53,14 +53,8 @@
 #include "qcow.h"
 #include "trace.h"
 
-#define QCOW_FREE_POOL_MIN	64
 /* Runs that wait to be freed; more than that close a group. */
 #define QCOW_MAX_FREES		1024
-
-struct workqueue_struct *qcow_commit_wq;
-
-static struct kmem_cache *qcow_free_slab;
-static mempool_t qcow_free_pool;
 
 /* Write up to QCOW_BATCH blocks, in order of their offsets, from @bufs. */
 static int qcow_write_blocks(struct qcow_image *image,
@@ -89,7 +83,7 @@ static int qcow_write_blocks(struct qcow_image *image,
 		err = qcow_file_rw(&image->file, &iter, pos, 0);
 		trace_qcow_write_out(image, pos, n * block_size, err);
 		for (i = first; i < first + n; i++)
-			qcow_block_written(blocks[i], !err);
+			blocks[i]->written = !err;
 		/* ENOSPC is what the user can do something about. */
 		if (err && result != -ENOSPC)
 			result = err;
@@ -120,6 +114,7 @@ static void qcow_take_dirty(struct qcow_image *image, enum qcow_block_kind kind,
 		list_del_init(&block->dirty_node);
 		block->dirty = false;
 		block->writing = true;
+		block->written = false;
 		image->nr_dirty--;
 		if (kind == QCOW_BLOCK_LINK)
 			memcpy(block->shadow, block->data,
@@ -134,63 +129,50 @@ static void qcow_take_dirty(struct qcow_image *image, enum qcow_block_kind kind,
 	list_sort(NULL, list, qcow_block_cmp);
 }
 
-/* Take a batch from the front of a list. */
-static unsigned int qcow_next_batch(struct list_head *list,
-				    struct qcow_block **blocks)
+/*
+ * Write the blocks of a list, which stay in it. Counts may change meanwhile, so
+ * they are written from a copy; links have one already.
+ */
+static int qcow_write_list(struct qcow_image *image, struct list_head *list,
+			   enum qcow_block_kind kind)
 {
-	unsigned int n;
-
-	for (n = 0; n < QCOW_BATCH && !list_empty(list); n++) {
-		blocks[n] = list_first_entry(list, struct qcow_block,
-					     writing_node);
-		list_del_init(&blocks[n]->writing_node);
-	}
-	return n;
-}
-
-/* Step 1. Counts need no freeze, but a stable copy while they are written. */
-static int qcow_write_counts(struct qcow_image *image)
-{
-	u32 block_size = qcow_block_size(image);
 	struct qcow_block *blocks[QCOW_BATCH];
 	void *bufs[QCOW_BATCH];
-	unsigned int n, i;
-	LIST_HEAD(counts);
+	struct qcow_block *block;
+	unsigned int n = 0;
 	int result = 0;
 	int err;
 
-	qcow_take_dirty(image, QCOW_BLOCK_COUNT, &counts);
-	while ((n = qcow_next_batch(&counts, blocks))) {
-		mutex_lock(&image->alloc_mutex);
-		for (i = 0; i < n; i++) {
-			bufs[i] = image->bounce + i * QCOW_BLOCK_SIZE;
-			memcpy(bufs[i], blocks[i]->data, block_size);
+	list_for_each_entry(block, list, writing_node) {
+		blocks[n] = block;
+		bufs[n] = block->shadow;
+		if (kind == QCOW_BLOCK_COUNT) {
+			bufs[n] = image->bounce + n * QCOW_BLOCK_SIZE;
+			spin_lock_irq(&image->lock);
+			memcpy(bufs[n], block->data, qcow_block_size(image));
+			spin_unlock_irq(&image->lock);
 		}
-		mutex_unlock(&image->alloc_mutex);
+		n++;
+		if (n < QCOW_BATCH &&
+		    !list_is_last(&block->writing_node, list))
+			continue;
 		err = qcow_write_blocks(image, blocks, bufs, n);
 		if (err && result != -ENOSPC)
 			result = err;
+		n = 0;
 	}
 	return result;
 }
 
-/* Step 2. */
-static int qcow_write_links(struct qcow_image *image, struct list_head *links)
+/* The commit is over. Blocks that it did not make durable are dirty again. */
+static void qcow_end_list(struct list_head *list, bool durable)
 {
-	struct qcow_block *blocks[QCOW_BATCH];
-	void *bufs[QCOW_BATCH];
-	unsigned int n, i;
-	int result = 0;
-	int err;
+	struct qcow_block *block, *next;
 
-	while ((n = qcow_next_batch(links, blocks))) {
-		for (i = 0; i < n; i++)
-			bufs[i] = blocks[i]->shadow;
-		err = qcow_write_blocks(image, blocks, bufs, n);
-		if (err && result != -ENOSPC)
-			result = err;
+	list_for_each_entry_safe(block, next, list, writing_node) {
+		list_del_init(&block->writing_node);
+		qcow_block_written(block, durable && block->written);
 	}
-	return result;
 }
 
 static int qcow_barrier(struct qcow_image *image)
@@ -204,39 +186,42 @@ static int qcow_barrier(struct qcow_image *image)
 
 static int qcow_commit_group(struct qcow_image *image)
 {
-	struct qcow_block *block, *next;
+	unsigned int scope;
+	u64 pending_end;
+	LIST_HEAD(counts);
 	LIST_HEAD(frees);
 	LIST_HEAD(links);
-	u64 pending_end;
+	u64 nr_frees;
 	int step = 1;
 	int err;
 
 	lockdep_assert_held(&image->commit_mutex);
 	if (READ_ONCE(image->failed))
 		return -EIO;
+	scope = qcow_io_scope_enter();
 
 	spin_lock_irq(&image->lock);
 	image->commits_started++;
 	image->committing = true;
 	list_splice_init(&image->frees, &frees);
+	nr_frees = image->nr_frees;
 	pending_end = image->pending_end;
 	spin_unlock_irq(&image->lock);
 	qcow_take_dirty(image, QCOW_BLOCK_LINK, &links);
+	qcow_take_dirty(image, QCOW_BLOCK_COUNT, &counts);
 
-	err = qcow_write_counts(image);
+	err = qcow_write_list(image, &counts, QCOW_BLOCK_COUNT);
 	if (!err && !list_empty(&links)) {
 		err = qcow_barrier(image);
 		if (!err) {
 			step = 2;
-			err = qcow_write_links(image, &links);
+			err = qcow_write_list(image, &links, QCOW_BLOCK_LINK);
 		}
-	}
-	list_for_each_entry_safe(block, next, &links, writing_node) {
-		list_del_init(&block->writing_node);
-		qcow_block_written(block, false);
 	}
 	if (!err)
 		err = qcow_barrier(image);
+	qcow_end_list(&counts, !err);
+	qcow_end_list(&links, !err);
 
 	spin_lock_irq(&image->lock);
 	image->committing = false;
@@ -244,13 +229,32 @@ static int qcow_commit_group(struct qcow_image *image)
 		list_splice(&frees, &image->frees);
 	} else {
 		list_splice_tail_init(&frees, &image->reclaims);
+		image->nr_frees -= nr_frees;
+		image->nr_reclaims += nr_frees;
 		image->pending_first = pending_end;
 	}
-	if (!list_empty(&image->reclaims))
-		queue_work(qcow_commit_wq, &image->reclaim_work);
+	if (image->nr_reclaims)
+		queue_work(image->wq, &image->reclaim_work);
+	if (image->nr_dirty || image->nr_frees)
+		qcow_commit_arm_locked(image);
 	spin_unlock_irq(&image->lock);
 	trace_qcow_commit(image, step, err);
+	qcow_io_scope_exit(scope);
 	return err;
+}
+
+/**
+ * qcow_commit_arm_locked - commit a while from now, if nobody does before
+ * @image: a writable image
+ *
+ * Context: image->lock is held.
+ */
+void qcow_commit_arm_locked(struct qcow_image *image)
+{
+	lockdep_assert_held(&image->lock);
+	if (!image->failed)
+		queue_delayed_work(image->wq, &image->commit_work,
+				   QCOW_COMMIT_DELAY);
 }
 
 /**
@@ -320,81 +324,6 @@ bool qcow_image_dirty(struct qcow_image *image)
 	return dirty;
 }
 
-/**
- * qcow_commit_all - commit until nothing is left to do
- * @image: a writable image with no requests in flight
- *
- * Context: may sleep.
- *
- * Return: 0 or the errno that stopped it.
- */
-int qcow_commit_all(struct qcow_image *image)
-{
-	bool done;
-	int err;
-
-	do {
-		err = qcow_commit(image);
-		if (err)
-			return err;
-		flush_work(&image->reclaim_work);
-		spin_lock_irq(&image->lock);
-		done = !image->nr_dirty && !image->nr_frees;
-		spin_unlock_irq(&image->lock);
-	} while (!done);
-	return 0;
-}
-
-/**
- * qcow_reclaim_now - free at once what waits to be freed
- * @image: a writable image
- *
- * Context: may sleep. Not inside an epoch, for which it would wait.
- *
- * Return: true if clusters may have become free.
- */
-bool qcow_reclaim_now(struct qcow_image *image)
-{
-	bool any;
-
-	spin_lock_irq(&image->lock);
-	any = image->nr_frees;
-	spin_unlock_irq(&image->lock);
-	if (!any || qcow_commit(image))
-		return false;
-	flush_work(&image->reclaim_work);
-	return true;
-}
-
-/**
- * qcow_commit_throttle - keep what waits for a commit within bounds
- * @image: a writable image
- *
- * Context: may sleep. Not inside an epoch, no locks held.
- */
-void qcow_commit_throttle(struct qcow_image *image)
-{
-	u64 max_dirty = image->cache->limit >> (QCOW_BLOCK_BITS + 1);
-
-	if (READ_ONCE(image->nr_dirty) > max_dirty ||
-	    READ_ONCE(image->nr_frees) > QCOW_MAX_FREES)
-		qcow_commit(image);
-}
-
-/**
- * qcow_commit_work_fn - commit what no flush came for
- * @work: image->commit_work
- */
-void qcow_commit_work_fn(struct work_struct *work)
-{
-	struct qcow_image *image = container_of(to_delayed_work(work),
-						struct qcow_image, commit_work);
-
-	if (qcow_commit(image) && !qcow_image_error(image))
-		mod_delayed_work(qcow_commit_wq, &image->commit_work,
-				 QCOW_COMMIT_DELAY);
-}
-
 /* Drop one reference of each cluster of a run; punch what that frees. */
 static int qcow_reclaim_run(struct qcow_image *image, struct qcow_free *free)
 {
@@ -420,7 +349,9 @@ static int qcow_reclaim_run(struct qcow_image *image, struct qcow_free *free)
 			u64 pos = first << image->cluster_bits;
 			u64 len = (next - first) << image->cluster_bits;
 
-			qcow_cache_drop(image, pos, len);
+			err = qcow_cache_drop(image, pos, len);
+			if (err)
+				return err;
 			if (free->punch && !image->no_punch) {
 				err = qcow_file_punch(&image->file, pos, len);
 				if (err == -EOPNOTSUPP) {
@@ -441,26 +372,23 @@ static int qcow_reclaim_run(struct qcow_image *image, struct qcow_free *free)
 	return 0;
 }
 
-/**
- * qcow_reclaim_work_fn - free clusters to which nothing on disk points
- * @work: image->reclaim_work
+/*
+ * Free the clusters to which nothing on disk points. A run is counted until it
+ * is done, so that whoever sees no more of them can rely on it.
  */
-void qcow_reclaim_work_fn(struct work_struct *work)
+static void qcow_reclaim(struct qcow_image *image)
 {
-	struct qcow_image *image = container_of(work, struct qcow_image,
-						reclaim_work);
-	unsigned int noio = memalloc_noio_save();
+	unsigned int scope = qcow_io_scope_enter();
 	struct qcow_free *free;
 	LIST_HEAD(list);
 	int err;
 
+	mutex_lock(&image->reclaim_mutex);
 	spin_lock_irq(&image->lock);
 	list_splice_init(&image->reclaims, &list);
 	spin_unlock_irq(&image->lock);
-	if (list_empty(&list))
-		goto out;
-
-	synchronize_srcu_expedited(&image->epoch);
+	if (!list_empty(&list))
+		synchronize_srcu_expedited(&image->epoch);
 	while (!list_empty(&list)) {
 		free = list_first_entry(&list, struct qcow_free, node);
 		list_del(&free->node);
@@ -471,13 +399,99 @@ void qcow_reclaim_work_fn(struct work_struct *work)
 					    free->cluster + free->count - 1,
 					    err);
 		spin_lock_irq(&image->lock);
-		image->nr_frees--;
+		image->nr_reclaims--;
 		spin_unlock_irq(&image->lock);
-		qcow_free_discard(free);
+		qcow_free_discard(image, free);
 		cond_resched();
 	}
-out:
-	memalloc_noio_restore(noio);
+	mutex_unlock(&image->reclaim_mutex);
+	qcow_io_scope_exit(scope);
+}
+
+/**
+ * qcow_reclaim_work_fn - free clusters in the background
+ * @work: image->reclaim_work
+ */
+void qcow_reclaim_work_fn(struct work_struct *work)
+{
+	qcow_reclaim(container_of(work, struct qcow_image, reclaim_work));
+}
+
+/**
+ * qcow_commit_all - commit until nothing is left to do
+ * @image: a writable image with no requests in flight
+ *
+ * Context: may sleep.
+ *
+ * Return: 0 or the errno that stopped it.
+ */
+int qcow_commit_all(struct qcow_image *image)
+{
+	bool done;
+	int err;
+
+	do {
+		err = qcow_commit(image);
+		if (err)
+			return err;
+		qcow_reclaim(image);
+		spin_lock_irq(&image->lock);
+		done = !image->nr_dirty && !image->nr_frees &&
+		       !image->nr_reclaims;
+		spin_unlock_irq(&image->lock);
+	} while (!done);
+	return 0;
+}
+
+/**
+ * qcow_reclaim_now - free at once what waits to be freed
+ * @image: a writable image
+ *
+ * Context: may sleep. Not inside an epoch, for which it would wait.
+ *
+ * Return: true if clusters may have become free.
+ */
+bool qcow_reclaim_now(struct qcow_image *image)
+{
+	bool frees, reclaims;
+
+	spin_lock_irq(&image->lock);
+	frees = image->nr_frees;
+	reclaims = image->nr_reclaims;
+	spin_unlock_irq(&image->lock);
+	if (frees && qcow_commit(image))
+		return false;
+	qcow_reclaim(image);
+	return frees || reclaims;
+}
+
+/**
+ * qcow_commit_throttle - keep what waits for a commit within bounds
+ * @image: a writable image
+ *
+ * Context: may sleep. Not inside an epoch, no locks held.
+ */
+void qcow_commit_throttle(struct qcow_image *image)
+{
+	u64 max_dirty = image->cache->limit >> (QCOW_BLOCK_BITS + 1);
+
+	if (READ_ONCE(image->nr_dirty) > max_dirty ||
+	    READ_ONCE(image->nr_frees) > QCOW_MAX_FREES)
+		qcow_commit(image);
+	if (READ_ONCE(image->nr_reclaims) > 2 * QCOW_MAX_FREES)
+		qcow_reclaim(image);
+}
+
+/**
+ * qcow_commit_work_fn - commit what no flush came for
+ * @work: image->commit_work
+ */
+void qcow_commit_work_fn(struct work_struct *work)
+{
+	struct qcow_image *image = container_of(to_delayed_work(work),
+						struct qcow_image, commit_work);
+
+	qcow_commit(image);
 }
 
 /**
@@ -487,32 +501,38 @@ out:
  * Context: may sleep, and may run a commit to get one; so not inside an epoch and
  * not under commit_mutex or alloc_mutex.
  *
- * Return: the node, or NULL if there is none and the image has failed.
+ * Return: the node. NULL if there is none: the clusters are leaked then. That is
+ * harmless, and a wait for others that wait for nodes as well is not.
  */
 struct qcow_free *qcow_free_alloc(struct qcow_image *image)
 {
 	struct qcow_free *free;
+	unsigned int tries;
 
-	while (!(free = mempool_alloc(&qcow_free_pool, GFP_NOIO &
-				      ~__GFP_DIRECT_RECLAIM))) {
-		if (qcow_image_error(image))
-			return NULL;
-		qcow_commit(image);
-		io_schedule_timeout(1);
+	for (tries = 0; tries < 2; tries++) {
+		free = mempool_alloc(&image->free_pool,
+				     GFP_NOWAIT | __GFP_NOWARN);
+		if (free) {
+			INIT_LIST_HEAD(&free->node);
+			return free;
+		}
+		qcow_reclaim_now(image);
 	}
-	INIT_LIST_HEAD(&free->node);
-	return free;
+	pr_warn_ratelimited("qcow: %pD: out of memory: freed host clusters stay allocated; 'qemu-img check -r leaks' frees them\n",
+			    image->file.file);
+	return NULL;
 }
 
 /**
  * qcow_free_discard - give a node back
+ * @image: whose
  * @free: in no list
  *
  * Context: any.
  */
-void qcow_free_discard(struct qcow_free *free)
+void qcow_free_discard(struct qcow_image *image, struct qcow_free *free)
 {
-	mempool_free(free, &qcow_free_pool);
+	mempool_free(free, &image->free_pool);
 }
 
 /**
@@ -527,6 +547,7 @@ void qcow_free_queue_locked(struct qcow_image *image, struct qcow_free *free)
 	lockdep_assert_held(&image->lock);
 	list_add_tail(&free->node, &image->frees);
 	image->nr_frees++;
+	qcow_commit_arm_locked(image);
 }
 
 /**
@@ -540,44 +561,7 @@ void qcow_free_reclaim(struct qcow_image *image, struct qcow_free *free)
 {
 	spin_lock_irq(&image->lock);
 	list_add_tail(&free->node, &image->reclaims);
-	image->nr_frees++;
+	image->nr_reclaims++;
 	spin_unlock_irq(&image->lock);
-	queue_work(qcow_commit_wq, &image->reclaim_work);
-}
-
-/**
- * qcow_commit_init - once, when the module is loaded
- *
- * Return: 0 or -ENOMEM.
- */
-int qcow_commit_init(void)
-{
-	qcow_free_slab = KMEM_CACHE(qcow_free, 0);
-	if (!qcow_free_slab)
-		return -ENOMEM;
-	if (mempool_init_slab_pool(&qcow_free_pool, QCOW_FREE_POOL_MIN,
-				   qcow_free_slab))
-		goto out_slab;
-	/* Freezable: a write during hibernation would outrun the saved memory. */
-	qcow_commit_wq = alloc_workqueue("qcow-commit", WQ_MEM_RECLAIM |
-					 WQ_FREEZABLE | WQ_UNBOUND, 0);
-	if (!qcow_commit_wq)
-		goto out_pool;
-	return 0;
-
-out_pool:
-	mempool_exit(&qcow_free_pool);
-out_slab:
-	kmem_cache_destroy(qcow_free_slab);
-	return -ENOMEM;
-}
-
-/**
- * qcow_commit_exit - when the module is unloaded
- */
-void qcow_commit_exit(void)
-{
-	destroy_workqueue(qcow_commit_wq);
-	mempool_exit(&qcow_free_pool);
-	kmem_cache_destroy(qcow_free_slab);
+	queue_work(image->wq, &image->reclaim_work);
 }

@@ -531,15 +531,12 @@ int qcow_device_attach(const struct qcow_attach *args,
 	err = qcow_device_open_chain(dev, args, layers, msg);
 	if (err)
 		goto err_files;
-	dev->wq = alloc_workqueue("qcow%d", WQ_UNBOUND | WQ_MEM_RECLAIM, 0,
-				  dev->index);
-	if (!dev->wq) {
-		err = -ENOMEM;
-		goto err_chain;
-	}
+	err = qcow_requests_init(dev);
+	if (err)
+		goto err_requests;
 	err = qcow_device_alloc_disk(dev);
 	if (err)
-		goto err_wq;
+		goto err_requests;
 
 	/* The caller has the control node open, so the module is here. */
 	__module_get(THIS_MODULE);
@@ -555,9 +552,8 @@ err_disk:
 	/* A disk that was never added does not free what is behind it. */
 	put_disk(dev->disk);
 	blk_mq_free_tag_set(&dev->tag_set);
-err_wq:
-	destroy_workqueue(dev->wq);
-err_chain:
+err_requests:
+	qcow_requests_exit(dev);
 	qcow_device_close_chain(dev);
 err_files:
 	qcow_device_put_files(dev);
@@ -585,7 +581,7 @@ static int qcow_device_remove(struct qcow_device *dev)
 
 	del_gendisk(dev->disk);
 	/* Workers may still have a few steps to do behind their last request. */
-	destroy_workqueue(dev->wq);
+	qcow_requests_exit(dev);
 	blk_mq_free_tag_set(&dev->tag_set);
 
 	err = qcow_device_close_chain(dev);

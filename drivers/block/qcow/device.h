@@ -40,6 +40,10 @@ struct qcow_device_stats {
  * @disk: lives as long as this struct
  * @tag_set: of the queue
  * @wq: request workers
+ * @retry_wq: for I/O that @wq may be waiting for
+ * @segments: struct qcow_segment
+ * @request_vecs: memory of requests that consist of several bios
+ * @segment_vecs: memory of segments with a head or tail
  * @chain: the image and its backing files
  * @cache: of the tables of @chain
  * @files: what userspace passed, held until detach for the locks that belong to
@@ -57,6 +61,10 @@ struct qcow_device {
 	struct gendisk *disk;
 	struct blk_mq_tag_set tag_set;
 	struct workqueue_struct *wq;
+	struct workqueue_struct *retry_wq;
+	mempool_t segments;
+	mempool_t request_vecs;
+	mempool_t segment_vecs;
 	struct qcow_chain *chain;
 	struct qcow_cache *cache;
 	struct file **files;
@@ -74,8 +82,8 @@ struct qcow_device {
 extern const struct blk_mq_ops qcow_mq_ops;
 
 size_t qcow_request_size(void);
-int qcow_request_init(void);
-void qcow_request_exit(void);
+int qcow_requests_init(struct qcow_device *dev);
+void qcow_requests_exit(struct qcow_device *dev);
 
 /* ---- device.c ------------------------------------------------------------ */
 

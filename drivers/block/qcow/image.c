@@ -17,6 +17,9 @@
 
 #include "qcow.h"
 
+/* Nodes set aside for when memory is short. */
+#define QCOW_FREE_POOL_MIN	64
+
 static LIST_HEAD(qcow_images);
 static DEFINE_MUTEX(qcow_images_mutex);
 
@@ -57,7 +60,7 @@ void qcow_image_corrupt(struct qcow_image *image, const char *fmt, ...)
 		return;
 	WRITE_ONCE(image->corrupt, true);
 	if (image->header.version >= 3)
-		queue_work(qcow_commit_wq, &image->corrupt_work);
+		queue_work(image->wq, &image->corrupt_work);
 }
 
 /**
@@ -98,12 +101,14 @@ int qcow_image_update_header(struct qcow_image *image, size_t offset,
 			     const void *data, size_t len)
 {
 	struct qcow_block *block;
+	unsigned int scope;
 	void *copy;
 	int err;
 
 	block = qcow_block_get(image, 0);
 	if (IS_ERR(block))
 		return PTR_ERR(block);
+	scope = qcow_io_scope_enter();
 	mutex_lock(&image->header_mutex);
 	copy = image->header_scratch;
 	spin_lock_irq(&image->lock);
@@ -116,6 +121,7 @@ int qcow_image_update_header(struct qcow_image *image, size_t offset,
 	if (err)
 		qcow_image_fail(image, "cannot write the header: error %d", err);
 	mutex_unlock(&image->header_mutex);
+	qcow_io_scope_exit(scope);
 	qcow_block_put(block);
 	return err;
 }
@@ -174,10 +180,21 @@ static int qcow_open_qcow2(struct qcow_image *image, struct qcow_message *msg)
 }
 
 /* What only an image needs that is written. */
-static int qcow_open_writable(struct qcow_image *image)
+static int qcow_open_writable(struct qcow_image *image,
+			      struct qcow_message *msg)
 {
+	const struct qcow_header *header = &image->header;
 	__be64 autoclear = 0;
 	int err;
+
+	if (!qcow_image_has(image, header->l1_table_offset,
+			    (u64)header->l1_size * sizeof(__be64)) ||
+	    !qcow_image_has(image, header->refcount_table_offset,
+			    (u64)header->refcount_table_clusters <<
+			    image->cluster_bits)) {
+		qcow_message_set(msg, "the file ends before its L1 or refcount table does: it has been cut short");
+		return -EINVAL;
+	}
 
 	image->scratch = kmalloc(QCOW_BLOCK_SIZE, GFP_KERNEL);
 	image->table_scratch = kmalloc(QCOW_BLOCK_SIZE, GFP_KERNEL);
@@ -185,7 +202,18 @@ static int qcow_open_writable(struct qcow_image *image)
 	image->header_scratch = kmalloc(QCOW_SECTOR, GFP_KERNEL);
 	image->bounce = kmalloc(QCOW_BATCH * QCOW_BLOCK_SIZE, GFP_KERNEL);
 	if (!image->scratch || !image->table_scratch || !image->copy_buf ||
-	    !image->header_scratch || !image->bounce)
+	    !image->header_scratch || !image->bounce ||
+	    mempool_init_kmalloc_pool(&image->free_pool, QCOW_FREE_POOL_MIN,
+				      sizeof(struct qcow_free)))
+		return -ENOMEM;
+	/*
+	 * Of its own, with its own rescuer: this image may lie on a device that is
+	 * another one. Freezable, since a write during hibernation would outrun
+	 * the saved memory.
+	 */
+	image->wq = alloc_workqueue("qcow-commit", WQ_MEM_RECLAIM |
+				    WQ_FREEZABLE | WQ_UNBOUND, 0);
+	if (!image->wq)
 		return -ENOMEM;
 	/* The last cluster may be used up to its end; it is just not there yet. */
 	image->end_offset = round_up(qcow_file_size(&image->file),
@@ -206,12 +234,15 @@ static int qcow_open_writable(struct qcow_image *image)
 
 static void qcow_image_free(struct qcow_image *image)
 {
+	if (image->wq)
+		destroy_workqueue(image->wq);
 	if (image->epoch_ready) {
 		/* A grace period may have been left behind by the last worker. */
 		synchronize_srcu(&image->epoch);
 		cleanup_srcu_struct(&image->epoch);
 	}
 	qcow_cache_drop_all(image);
+	mempool_exit(&image->free_pool);
 	kfree(image->bounce);
 	kfree(image->header_scratch);
 	kfree(image->copy_buf);
@@ -245,6 +276,7 @@ static struct qcow_image *qcow_image_alloc(u32 format, bool writable,
 	init_waitqueue_head(&image->range_wait);
 	mutex_init(&image->table_mutex);
 	mutex_init(&image->commit_mutex);
+	mutex_init(&image->reclaim_mutex);
 	mutex_init(&image->copy_mutex);
 	mutex_init(&image->alloc_mutex);
 	mutex_init(&image->header_mutex);
@@ -315,7 +347,7 @@ int qcow_image_open(struct file *file, u32 format, bool writable, u32 io_mode,
 	else
 		err = qcow_open_qcow2(image, msg);
 	if (!err && writable)
-		err = qcow_open_writable(image);
+		err = qcow_open_writable(image, msg);
 	if (err)
 		goto out_free;
 	list_add(&image->registry, &qcow_images);
@@ -335,11 +367,12 @@ static int qcow_image_finish(struct qcow_image *image)
 	int err;
 
 	err = qcow_commit_all(image);
-	/* Each of the two may queue the other, but only once more. */
-	cancel_delayed_work_sync(&image->commit_work);
-	flush_work(&image->reclaim_work);
+	/* With nothing left to do, or after a failure, none of them arms another. */
+	if (err)
+		WRITE_ONCE(image->failed, true);
 	cancel_delayed_work_sync(&image->commit_work);
 	cancel_work_sync(&image->reclaim_work);
+	cancel_delayed_work_sync(&image->commit_work);
 	flush_work(&image->corrupt_work);
 	if (err)
 		return err;
@@ -372,7 +405,7 @@ int qcow_image_close(struct qcow_image *image)
 		list_del(&image->registry);
 		list_splice_init(&image->reclaims, &image->frees);
 		list_for_each_entry_safe(free, next, &image->frees, node)
-			qcow_free_discard(free);
+			qcow_free_discard(image, free);
 		qcow_image_free(image);
 	}
 	mutex_unlock(&qcow_images_mutex);

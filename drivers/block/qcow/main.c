@@ -283,31 +283,12 @@ static int __init qcow_init(void)
 {
 	int err;
 
-	err = qcow_cache_init();
-	if (err)
-		return err;
-	err = qcow_commit_init();
-	if (err)
-		goto err_cache;
-	err = qcow_request_init();
-	if (err)
-		goto err_commit;
 	err = qcow_devices_init();
 	if (err)
-		goto err_request;
+		return err;
 	err = misc_register(&qcow_control);
 	if (err)
-		goto err_devices;
-	return 0;
-
-err_devices:
-	qcow_devices_exit();
-err_request:
-	qcow_request_exit();
-err_commit:
-	qcow_commit_exit();
-err_cache:
-	qcow_cache_exit();
+		qcow_devices_exit();
 	return err;
 }
 
@@ -315,9 +296,6 @@ static void __exit qcow_exit(void)
 {
 	misc_deregister(&qcow_control);
 	qcow_devices_exit();
-	qcow_request_exit();
-	qcow_commit_exit();
-	qcow_cache_exit();
 }
 
 module_init(qcow_init);

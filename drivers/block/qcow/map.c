@@ -191,9 +191,9 @@ static int qcow_map_block(struct qcow_image *image, struct qcow_block *block,
 	if (extent->type == QCOW_EXTENT_DATA) {
 		extent->host_offset += in_cluster;
 		/* A write there would make the file as long as the entry says. */
-		if (image->writable && extent->host_offset + extent->length >
-		    round_up(qcow_file_size(&image->file),
-			     (u64)qcow_cluster_size(image))) {
+		if (image->writable &&
+		    !qcow_image_has(image, extent->host_offset,
+				    extent->length)) {
 			qcow_image_corrupt(image, "guest offset 0x%llx is mapped to host offset 0x%llx, behind the end of the file",
 					   guest_offset, extent->host_offset);
 			return -EIO;

@@ -15,6 +15,7 @@
  *	disk->open_mutex
  *	range lock on guest clusters (qcow_range_lock)
  *	image->table_mutex	making and copying L2 tables
+ *	image->reclaim_mutex	freeing clusters
  *	image->commit_mutex	one commit at a time
  *	image->copy_mutex	the buffer for copies when memory is short
  *	image->alloc_mutex	refcount blocks, refcount table, the allocator
@@ -38,6 +39,7 @@
 #include <linux/mutex.h>
 #include <linux/percpu.h>
 #include <linux/refcount.h>
+#include <linux/sched.h>
 #include <linux/spinlock.h>
 #include <linux/srcu.h>
 #include <linux/uio.h>
@@ -47,6 +49,33 @@
 
 #include "compat.h"
 #include "header.h"
+
+/**
+ * qcow_io_scope_enter - I/O begins that memory reclaim may be waiting for
+ *
+ * Until qcow_io_scope_exit() no allocation waits for I/O, which might come back
+ * to us, and writes are not throttled by the dirty pages that they clean.
+ *
+ * Return: what to give to qcow_io_scope_exit().
+ */
+static inline unsigned int qcow_io_scope_enter(void)
+{
+	unsigned int mask = PF_MEMALLOC_NOIO | PF_LOCAL_THROTTLE;
+	unsigned int old = current->flags & mask;
+
+	current->flags |= mask;
+	return old;
+}
+
+/**
+ * qcow_io_scope_exit - undo qcow_io_scope_enter()
+ * @old: what it returned
+ */
+static inline void qcow_io_scope_exit(unsigned int old)
+{
+	current->flags &= ~(PF_MEMALLOC_NOIO | PF_LOCAL_THROTTLE);
+	current->flags |= old;
+}
 
 /* ---- file_io.c: the files below ---------------------------------------- */
 
@@ -155,7 +184,7 @@ struct qcow_cache {
 enum qcow_block_kind {
 	QCOW_BLOCK_COUNT,
 	QCOW_BLOCK_LINK,
-	QCOW_BLOCK_KINDS,
+	QCOW_BLOCK_KINDS,	/* how many; also: not known yet */
 };
 
 /* struct qcow_block.state */
@@ -167,6 +196,7 @@ enum {
 
 /**
  * struct qcow_block - one cached block of a table
+ * @cache: where its memory is charged
  * @image: whose
  * @host_offset: where, bytes, a multiple of the image's block size
  * @pins: users, plus one for being in the cache, plus one for being dirty
@@ -177,14 +207,16 @@ enum {
  *	fail
  * @writers: who announced changes (qcow_block_prepare), guarded by image->lock
  * @dirty: @data is newer than what was last handed to a commit, image->lock
- * @writing: a commit is writing @shadow, image->lock
- * @kind: set when it becomes dirty
+ * @writing: a commit is writing it, and its barrier is not over, image->lock
+ * @written: it has done so without an error, commit_mutex
+ * @kind: known from the first change on, image->lock
  * @dirty_node: in image->dirty[@kind], guarded by image->lock
  * @writing_node: in the list of the commit that writes it
  * @lru: in cache->blocks, guarded by cache->lock
  * @rcu: look-ups take no lock
  */
 struct qcow_block {
+	struct qcow_cache *cache;
 	struct qcow_image *image;
 	u64 host_offset;
 	refcount_t pins;
@@ -194,6 +226,7 @@ struct qcow_block {
 	unsigned int writers;
 	bool dirty;
 	bool writing;
+	bool written;
 	enum qcow_block_kind kind;
 	struct list_head dirty_node;
 	struct list_head writing_node;
@@ -203,18 +236,15 @@ struct qcow_block {
 
 struct qcow_cache *qcow_cache_create(u64 limit);
 void qcow_cache_put(struct qcow_cache *cache);
-int qcow_cache_init(void);
-void qcow_cache_exit(void);
 struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset);
-struct qcow_block *qcow_block_get_zeroed(struct qcow_image *image,
-					 u64 host_offset);
 void qcow_block_put(struct qcow_block *block);
 int qcow_block_prepare(struct qcow_block *block);
-void qcow_block_dirty_locked(struct qcow_block *block,
-			     enum qcow_block_kind kind);
+int qcow_block_claim_locked(struct qcow_block *block,
+			    enum qcow_block_kind kind);
+void qcow_block_dirty_locked(struct qcow_block *block);
 void qcow_block_unprepare(struct qcow_block *block);
 void qcow_block_written(struct qcow_block *block, bool ok);
-void qcow_cache_drop(struct qcow_image *image, u64 host_offset, u64 len);
+int qcow_cache_drop(struct qcow_image *image, u64 host_offset, u64 len);
 void qcow_cache_drop_all(struct qcow_image *image);
 
 /* ---- image.c: an open image --------------------------------------------- */
@@ -271,7 +301,9 @@ struct qcow_image {
 	bool committing;		/* a commit has frozen blocks in flight */
 	struct list_head frees;		/* unlinked in memory, image->lock */
 	struct list_head reclaims;	/* unlinked on disk, image->lock */
-	u64 nr_frees;			/* runs in both lists, image->lock */
+	u64 nr_frees;			/* runs in @frees, image->lock */
+	u64 nr_reclaims;		/* runs in @reclaims, image->lock */
+	mempool_t free_pool;		/* struct qcow_free */
 	struct list_head ranges;	/* image->lock */
 	wait_queue_head_t range_wait;
 
@@ -283,6 +315,8 @@ struct qcow_image {
 	u64 commits_started;		/* image->lock */
 	u64 commits_done;		/* commit_mutex */
 	int commit_error;		/* of the last one, commit_mutex */
+	struct mutex reclaim_mutex;	/* one reclaim at a time */
+	struct workqueue_struct *wq;	/* for what follows */
 	struct delayed_work commit_work;
 	struct work_struct reclaim_work;
 	struct work_struct corrupt_work;
@@ -335,6 +369,21 @@ static inline u32 qcow_block_size(const struct qcow_image *image)
 	return 1U << image->block_bits;
 }
 
+/**
+ * qcow_image_has - do clusters lie in the file
+ * @image: a qcow2 image
+ * @host_offset: bytes
+ * @length: bytes
+ *
+ * The last cluster of a file may end before its end.
+ */
+static inline bool qcow_image_has(const struct qcow_image *image,
+				  u64 host_offset, u64 length)
+{
+	return host_offset + length <= round_up(qcow_file_size(&image->file),
+						(u64)qcow_cluster_size(image));
+}
+
 int qcow_image_open(struct file *file, u32 format, bool writable, u32 io_mode,
 		    struct qcow_cache *cache, struct qcow_image **imagep,
 		    struct qcow_message *msg);
@@ -345,8 +394,6 @@ __printf(2, 3)
 void qcow_image_fail(struct qcow_image *image, const char *fmt, ...);
 int qcow_image_update_header(struct qcow_image *image, size_t offset,
 			     const void *data, size_t len);
-extern struct workqueue_struct *qcow_commit_wq;
-
 /**
  * qcow_image_error - why this image cannot be written any more
  * @image: a writable image
@@ -397,16 +444,15 @@ int qcow_commit(struct qcow_image *image);
 int qcow_commit_exclusive(struct qcow_image *image);
 bool qcow_image_dirty(struct qcow_image *image);
 int qcow_commit_all(struct qcow_image *image);
+void qcow_commit_arm_locked(struct qcow_image *image);
 bool qcow_reclaim_now(struct qcow_image *image);
 void qcow_commit_throttle(struct qcow_image *image);
 void qcow_commit_work_fn(struct work_struct *work);
 void qcow_reclaim_work_fn(struct work_struct *work);
 struct qcow_free *qcow_free_alloc(struct qcow_image *image);
-void qcow_free_discard(struct qcow_free *free);
+void qcow_free_discard(struct qcow_image *image, struct qcow_free *free);
 void qcow_free_queue_locked(struct qcow_image *image, struct qcow_free *free);
 void qcow_free_reclaim(struct qcow_image *image, struct qcow_free *free);
-int qcow_commit_init(void);
-void qcow_commit_exit(void);
 
 /* ---- refcount.c: refcounts and the allocator ---------------------------- */
 

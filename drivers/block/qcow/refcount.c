@@ -33,6 +33,9 @@
 #define QCOW_REFBLOCK_RESERVE	(16ULL << 20)
 #define QCOW_REFBLOCKS_AHEAD	64U
 
+/* Counted clusters behind the end of the file that a crash may have left. */
+#define QCOW_MAX_STRAY_BYTES	(4ULL << 30)
+
 #define QCOW_EXTEND_MIN		(1ULL << 20)
 #define QCOW_EXTEND_MAX		(64ULL << 20)
 
@@ -154,8 +157,9 @@ static int qcow_refblock_offset(struct qcow_image *image, u64 index,
 	*offset = value & QCOW_RT_OFFSET_MASK;
 	if (value & QCOW_RT_RESERVED_MASK ||
 	    *offset & (qcow_cluster_size(image) - 1) ||
-	    *offset >= QCOW_MAX_HOST_OFFSET) {
-		qcow_image_corrupt(image, "refcount table entry %llu is 0x%llx, not a cluster",
+	    (*offset &&
+	     !qcow_image_has(image, *offset, qcow_cluster_size(image)))) {
+		qcow_image_corrupt(image, "refcount table entry %llu is 0x%llx, not a cluster of the file",
 				   index, value);
 		return -EIO;
 	}
@@ -188,13 +192,27 @@ static struct qcow_block *qcow_counts_block(struct qcow_image *image,
 					       << image->block_bits));
 }
 
-static void qcow_counts_dirty(struct qcow_image *image, struct qcow_block *block)
+/*
+ * Set @nr counts of a block to @count. Under image->lock, so that a commit, to
+ * which an allocator may be leading, can copy the block without alloc_mutex.
+ */
+static int qcow_counts_set(struct qcow_image *image, struct qcow_block *block,
+			   u64 index, u64 nr, u64 count)
 {
 	unsigned long flags;
+	int err;
 
+	lockdep_assert_held(&image->alloc_mutex);
 	spin_lock_irqsave(&image->lock, flags);
-	qcow_block_dirty_locked(block, QCOW_BLOCK_COUNT);
+	err = qcow_block_claim_locked(block, QCOW_BLOCK_COUNT);
+	if (!err) {
+		while (nr--)
+			qcow_refcount_store(block->data, image->refcount_order,
+					    index++, count);
+		qcow_block_dirty_locked(block);
+	}
 	spin_unlock_irqrestore(&image->lock, flags);
+	return err;
 }
 
 /**
@@ -259,9 +277,7 @@ int qcow_refcount_drop(struct qcow_image *image, u64 cluster)
 				   cluster);
 		err = -EIO;
 	} else {
-		qcow_refcount_store(block->data, image->refcount_order, index,
-				    --count);
-		qcow_counts_dirty(image, block);
+		err = qcow_counts_set(image, block, index, 1, --count);
 	}
 	if (block)
 		qcow_block_put(block);
@@ -317,7 +333,8 @@ static void qcow_note_used(struct qcow_image *image, u64 end)
 
 /*
  * Write a new refcount block for clusters of which the first @used are in use.
- * Nothing points to it yet.
+ * Nothing points to it yet. All of it is written, known zero or not, so that its
+ * space is taken before a commit relies on it.
  */
 static int qcow_refblock_write(struct qcow_image *image, u64 host_offset,
 			       u64 used)
@@ -341,8 +358,7 @@ static int qcow_refblock_write(struct qcow_image *image, u64 host_offset,
 		used -= i;
 		pos += qcow_block_size(image);
 	}
-	if (pos < cluster_size &&
-	    !qcow_known_zero(image, host_offset + pos, cluster_size - pos))
+	if (pos < cluster_size)
 		err = qcow_file_write_zeroes(&image->file, cluster_size - pos,
 					     host_offset + pos);
 	return err;
@@ -374,7 +390,7 @@ static int qcow_refblock_create(struct qcow_image *image,
 
 	spin_lock_irqsave(&image->lock, flags);
 	WRITE_ONCE(entries[entry], cpu_to_be64(home));
-	qcow_block_dirty_locked(table, QCOW_BLOCK_LINK);
+	qcow_block_dirty_locked(table);
 	if (image->pending_first == image->pending_end)
 		image->pending_first = index;
 	image->pending_end = index + 1;
@@ -490,7 +506,7 @@ static int qcow_reftable_grow(struct qcow_image *image, u32 old_clusters)
 		__be64 offset;
 		__be32 clusters;
 	} __packed fields;
-	u64 first, blocks, table, end;
+	u64 first, blocks, old_table, table, end;
 	struct qcow_free *free;
 	u32 clusters;
 	u64 added, i;
@@ -499,8 +515,6 @@ static int qcow_reftable_grow(struct qcow_image *image, u32 old_clusters)
 	if (old_clusters >= max_clusters)
 		return -ENOSPC;
 	free = qcow_free_alloc(image);
-	if (!free)
-		return -EIO;
 
 	mutex_lock(&image->commit_mutex);
 	for (;;) {
@@ -555,20 +569,23 @@ static int qcow_reftable_grow(struct qcow_image *image, u32 old_clusters)
 	if (err)
 		goto out_unlock;
 
-	free->cluster = image->reftable_offset >> image->cluster_bits;
-	free->count = old_clusters;
-	free->punch = true;
+	old_table = image->reftable_offset;
 	WRITE_ONCE(image->reftable_offset, table);
 	image->reftable_clusters = clusters;
 	image->zero_from = max(image->zero_from, end);
 	qcow_note_used(image, end);
-	qcow_free_reclaim(image, free);
-	free = NULL;
+	if (free) {
+		free->cluster = old_table >> image->cluster_bits;
+		free->count = old_clusters;
+		free->punch = true;
+		qcow_free_reclaim(image, free);
+		free = NULL;
+	}
 out_unlock:
 	mutex_unlock(&image->alloc_mutex);
 	mutex_unlock(&image->commit_mutex);
 	if (free)
-		qcow_free_discard(free);
+		qcow_free_discard(image, free);
 	return err;
 }
 
@@ -606,7 +623,7 @@ static int qcow_take(struct qcow_image *image, u64 *cluster, u64 want, u64 limit
 {
 	struct qcow_block *block;
 	u64 host_offset, len;
-	u64 index, found, i;
+	u64 index, found;
 	int err = 0;
 
 	block = qcow_counts_block(image, *cluster, &index);
@@ -630,10 +647,9 @@ static int qcow_take(struct qcow_image *image, u64 *cluster, u64 want, u64 limit
 	err = qcow_extend(image, host_offset + len);
 	if (err)
 		goto out;
-	for (i = 0; i < *got; i++)
-		qcow_refcount_store(block->data, image->refcount_order,
-				    found + i, 1);
-	qcow_counts_dirty(image, block);
+	err = qcow_counts_set(image, block, found, *got, 1);
+	if (err)
+		goto out;
 
 	*zeroed = qcow_known_zero(image, host_offset, len);
 	if (host_offset + len > image->zero_from)
@@ -654,14 +670,16 @@ static int qcow_search(struct qcow_image *image, u64 want, u64 *cluster,
 		       u64 *refblock)
 {
 	u64 start = image->alloc_cursor;
+	u64 limit, offset, stray;
 	bool wrapped = false;
-	u64 limit, offset;
 	int err;
 
 	lockdep_assert_held(&image->alloc_mutex);
 	limit = image->file.bdev ?
 		qcow_file_size(&image->file) >> image->cluster_bits :
 		QCOW_MAX_HOST_OFFSET >> image->cluster_bits;
+	stray = (qcow_file_size(&image->file) + QCOW_MAX_STRAY_BYTES) >>
+		image->cluster_bits;
 
 	*cluster = start;
 	for (;;) {
@@ -671,6 +689,11 @@ static int qcow_search(struct qcow_image *image, u64 want, u64 *cluster,
 		}
 		if (*cluster >= limit || (wrapped && *cluster >= start))
 			return -ENOSPC;
+		if (*cluster > stray) {
+			qcow_image_corrupt(image, "clusters far behind the end of the file are in use");
+			return -EIO;
+		}
+		cond_resched();
 
 		*refblock = *cluster >> image->refblock_bits;
 		*need = QCOW_NEED_REFTABLE;

@@ -14,8 +14,8 @@
  * of the segment, in a worker of another queue, so that it never waits for
  * workers that wait for it.
  *
- * FUA: an overwrite whose mapping is durable carries IOCB_DSYNC; anything else is
- * followed by a commit.
+ * FUA: a direct overwrite whose mapping is durable carries IOCB_DSYNC; anything
+ * else is followed by a commit.
  */
 #include <linux/blk-cgroup.h>
 #include <linux/blk-mq.h>
@@ -45,7 +45,7 @@
  * @vecs: the memory of the guest
  * @nr_vecs: how many
  * @offset: bytes of the first one that belong to an earlier request
- * @pooled: @vecs is from qcow_request_vecs
+ * @pooled: @vecs is from dev->request_vecs
  * @blkcg: whom the I/O is charged to
  * @memcg: whom the memory is charged to
  */
@@ -96,12 +96,6 @@ struct qcow_segment {
 	struct work_struct retry;
 };
 
-static struct kmem_cache *qcow_segment_slab;
-static mempool_t qcow_segments;
-static mempool_t qcow_request_vecs;
-static mempool_t qcow_segment_vecs;
-static struct workqueue_struct *qcow_retry_wq;
-
 /**
  * qcow_request_size - what the tag set must reserve for each request
  *
@@ -145,7 +139,7 @@ static void qcow_request_finish(struct qcow_request *req)
 	struct request *rq = blk_mq_rq_from_pdu(req);
 
 	if (req->pooled)
-		mempool_free(req->vecs, &qcow_request_vecs);
+		mempool_free(req->vecs, &req->dev->request_vecs);
 	if (req->memcg)
 		css_put(req->memcg);
 	if (req->error)
@@ -199,13 +193,17 @@ static void qcow_segment_end(struct qcow_segment *seg, int err)
 {
 	struct qcow_request *req = seg->req;
 
+	/* It may have been the barrier in it, which tells of others' writes. */
+	if (err && seg->iocb_flags & IOCB_DSYNC)
+		qcow_image_fail(qcow_request_image(req),
+				"durable write failed with error %d", err);
 	if (seg->mapping) {
 		qcow_write_end(&seg->write, err);
-		mempool_free(seg->vecs, &qcow_segment_vecs);
+		mempool_free(seg->vecs, &req->dev->segment_vecs);
 	} else {
 		qcow_image_exit(qcow_request_image(req), seg->epoch);
 	}
-	mempool_free(seg, &qcow_segments);
+	mempool_free(seg, &req->dev->segments);
 	qcow_request_error(req, err);
 	qcow_request_put(req);
 }
@@ -214,13 +212,21 @@ static void qcow_segment_retry(struct work_struct *work)
 {
 	struct qcow_segment *seg = container_of(work, struct qcow_segment,
 						retry);
-	unsigned int noio = memalloc_noio_save();
+	unsigned int scope = qcow_io_scope_enter();
 	int err;
 
 	qcow_segment_iter(seg);
 	err = qcow_file_rw(seg->file, &seg->io.iter, seg->pos, seg->iocb_flags);
-	memalloc_noio_restore(noio);
+	qcow_io_scope_exit(scope);
 	qcow_segment_end(seg, err);
+}
+
+/* Is it worth another try, in a context that may wait? */
+static bool qcow_segment_again(const struct qcow_segment *seg, long ret)
+{
+	if (ret >= 0 || ret == -EAGAIN || ret == -EINTR || ret == -ERESTARTSYS)
+		return true;
+	return !seg->iocb_flags && (ret == -EOPNOTSUPP || ret == -ENOMEM);
 }
 
 static void qcow_segment_done(struct qcow_io *io, long ret)
@@ -229,11 +235,9 @@ static void qcow_segment_done(struct qcow_io *io, long ret)
 
 	if (ret == seg->length) {
 		qcow_segment_end(seg, 0);
-	} else if (ret >= 0 || ret == -EAGAIN || ret == -EINTR ||
-		   ret == -ERESTARTSYS || ret == -EOPNOTSUPP ||
-		   ret == -ENOMEM) {
+	} else if (qcow_segment_again(seg, ret)) {
 		INIT_WORK(&seg->retry, qcow_segment_retry);
-		queue_work(qcow_retry_wq, &seg->retry);
+		queue_work(seg->req->dev->retry_wq, &seg->retry);
 	} else {
 		qcow_segment_end(seg, ret);
 	}
@@ -250,7 +254,7 @@ static void qcow_segment_submit(struct qcow_segment *seg)
 static struct qcow_segment *qcow_segment_alloc(struct qcow_request *req,
 					       u64 skip)
 {
-	struct qcow_segment *seg = mempool_alloc(&qcow_segments, GFP_NOIO);
+	struct qcow_segment *seg = mempool_alloc(&req->dev->segments, GFP_NOIO);
 
 	seg->req = req;
 	seg->skip = skip;
@@ -287,7 +291,7 @@ static int qcow_read(struct qcow_request *req, u64 guest_offset, u64 length)
 			continue;
 		}
 		qcow_image_exit(image, seg->epoch);
-		mempool_free(seg, &qcow_segments);
+		mempool_free(seg, &req->dev->segments);
 		if (err)
 			return err;
 		qcow_request_iter(req, &iter, skip, extent.length);
@@ -356,7 +360,7 @@ static int qcow_write_mapping(struct qcow_segment *seg, u64 guest_offset,
 	if (err)
 		return err;
 	seg->mapping = true;
-	seg->vecs = mempool_alloc(&qcow_segment_vecs, GFP_NOIO);
+	seg->vecs = mempool_alloc(&req->dev->segment_vecs, GFP_NOIO);
 	seg->file = &write->image->file;
 	seg->pos = write->host_offset + write->data_offset - write->head.length;
 	seg->length = write->head.length + write->length + write->tail.length;
@@ -364,7 +368,7 @@ static int qcow_write_mapping(struct qcow_segment *seg, u64 guest_offset,
 	err = qcow_segment_gather(seg);
 	if (err) {
 		qcow_write_end(write, err);
-		mempool_free(seg->vecs, &qcow_segment_vecs);
+		mempool_free(seg->vecs, &req->dev->segment_vecs);
 		return err;
 	}
 	if (blk_mq_rq_from_pdu(req)->cmd_flags & REQ_FUA)
@@ -394,7 +398,8 @@ static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 			done = extent.length;
 			qcow_segment_set(seg, &extent);
 			/* After the look-up: then its entry was durable. */
-			if (fua && qcow_image_dirty(image))
+			if (fua && (!image->file.direct ||
+				    qcow_image_dirty(image)))
 				req->commit = true;
 			else if (fua)
 				seg->iocb_flags = IOCB_DSYNC;
@@ -407,7 +412,7 @@ static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 			err = qcow_write_mapping(seg, guest_offset + skip,
 						 length - skip, &done);
 		if (err)
-			mempool_free(seg, &qcow_segments);
+			mempool_free(seg, &req->dev->segments);
 		if (err < 0)
 			return err;
 		/* 1: somebody else linked the cluster meanwhile. Look again. */
@@ -435,7 +440,7 @@ static int qcow_request_map(struct qcow_request *req)
 	if (n > QCOW_VECS)
 		return -EIO;
 	req->offset = 0;
-	req->vecs = mempool_alloc(&qcow_request_vecs, GFP_NOIO);
+	req->vecs = mempool_alloc(&req->dev->request_vecs, GFP_NOIO);
 	req->pooled = true;
 	n = 0;
 	rq_for_each_bvec(vec, rq, iter)
@@ -488,12 +493,10 @@ static void qcow_request_work(struct work_struct *work)
 {
 	struct qcow_request *req = container_of(work, struct qcow_request,
 						work);
-	unsigned int flags = current->flags & (PF_LOCAL_THROTTLE |
-					       PF_MEMALLOC_NOIO);
+	unsigned int scope = qcow_io_scope_enter();
 	struct mem_cgroup *old_memcg = NULL;
 	bool charged = req->memcg;
 
-	current->flags |= PF_LOCAL_THROTTLE | PF_MEMALLOC_NOIO;
 	if (req->committing) {
 		qcow_request_error(req, qcow_commit(qcow_request_image(req)));
 		qcow_request_finish(req);
@@ -513,8 +516,7 @@ static void qcow_request_work(struct work_struct *work)
 	qcow_request_put(req);
 out:
 	/* The request may be gone. */
-	current->flags = (current->flags & ~(PF_LOCAL_THROTTLE |
-					     PF_MEMALLOC_NOIO)) | flags;
+	qcow_io_scope_exit(scope);
 }
 
 static blk_status_t qcow_queue_rq(struct blk_mq_hw_ctx *hctx,
@@ -561,49 +563,43 @@ const struct blk_mq_ops qcow_mq_ops = {
 };
 
 /**
- * qcow_request_init - once, when the module is loaded
+ * qcow_requests_init - what the requests of a device need
+ * @dev: the device
  *
- * Return: 0 or -ENOMEM.
+ * Nothing here is shared with other devices: the file of one may lie on another,
+ * which then must not wait for what the first one holds.
+ *
+ * Return: 0 or -ENOMEM; qcow_requests_exit() is to be called in any case.
  */
-int qcow_request_init(void)
+int qcow_requests_init(struct qcow_device *dev)
 {
-	qcow_segment_slab = KMEM_CACHE(qcow_segment, 0);
-	if (!qcow_segment_slab)
+	dev->wq = alloc_workqueue("qcow%d", WQ_UNBOUND | WQ_MEM_RECLAIM, 0,
+				  dev->index);
+	dev->retry_wq = alloc_workqueue("qcow%d-retry",
+					WQ_UNBOUND | WQ_MEM_RECLAIM, 0,
+					dev->index);
+	if (!dev->wq || !dev->retry_wq ||
+	    mempool_init_kmalloc_pool(&dev->segments, QCOW_SEGMENT_POOL_MIN,
+				      sizeof(struct qcow_segment)) ||
+	    mempool_init_kmalloc_pool(&dev->request_vecs, QCOW_VECS_POOL_MIN,
+				      QCOW_VECS * sizeof(struct bio_vec)) ||
+	    mempool_init_kmalloc_pool(&dev->segment_vecs, QCOW_VECS_POOL_MIN,
+				      QCOW_VECS * sizeof(struct bio_vec)))
 		return -ENOMEM;
-	if (mempool_init_slab_pool(&qcow_segments, QCOW_SEGMENT_POOL_MIN,
-				   qcow_segment_slab))
-		goto out_slab;
-	if (mempool_init_kmalloc_pool(&qcow_request_vecs, QCOW_VECS_POOL_MIN,
-				      QCOW_VECS * sizeof(struct bio_vec)))
-		goto out_segments;
-	if (mempool_init_kmalloc_pool(&qcow_segment_vecs, QCOW_VECS_POOL_MIN,
-				      QCOW_VECS * sizeof(struct bio_vec)))
-		goto out_request_vecs;
-	qcow_retry_wq = alloc_workqueue("qcow-retry", WQ_MEM_RECLAIM |
-					WQ_UNBOUND, 0);
-	if (!qcow_retry_wq)
-		goto out_segment_vecs;
 	return 0;
-
-out_segment_vecs:
-	mempool_exit(&qcow_segment_vecs);
-out_request_vecs:
-	mempool_exit(&qcow_request_vecs);
-out_segments:
-	mempool_exit(&qcow_segments);
-out_slab:
-	kmem_cache_destroy(qcow_segment_slab);
-	return -ENOMEM;
 }
 
 /**
- * qcow_request_exit - when the module is unloaded
+ * qcow_requests_exit - undo qcow_requests_init()
+ * @dev: the device; it has no requests any more
  */
-void qcow_request_exit(void)
+void qcow_requests_exit(struct qcow_device *dev)
 {
-	destroy_workqueue(qcow_retry_wq);
-	mempool_exit(&qcow_segment_vecs);
-	mempool_exit(&qcow_request_vecs);
-	mempool_exit(&qcow_segments);
-	kmem_cache_destroy(qcow_segment_slab);
+	if (dev->wq)
+		destroy_workqueue(dev->wq);
+	if (dev->retry_wq)
+		destroy_workqueue(dev->retry_wq);
+	mempool_exit(&dev->segment_vecs);
+	mempool_exit(&dev->request_vecs);
+	mempool_exit(&dev->segments);
 }

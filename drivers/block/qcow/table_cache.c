@@ -33,26 +33,16 @@
 #define QCOW_CACHE_DEFAULT	(16ULL << 20)
 #define QCOW_CACHE_MIN		(256ULL << 10)
 
-static struct kmem_cache *qcow_block_slab;
-
-static void qcow_block_free_rcu(struct rcu_head *rcu)
-{
-	struct qcow_block *block = container_of(rcu, struct qcow_block, rcu);
-
-	kfree(block->data);
-	kmem_cache_free(qcow_block_slab, block);
-}
-
 static void *qcow_block_pool_alloc(gfp_t gfp, void *data)
 {
-	struct qcow_block *block = kmem_cache_alloc(qcow_block_slab, gfp);
+	struct qcow_block *block = kmalloc(sizeof(*block), gfp);
 
 	if (!block)
 		return NULL;
 	/* naturally aligned, as direct I/O wants it */
 	block->data = kmalloc(QCOW_BLOCK_SIZE, gfp);
 	if (!block->data) {
-		kmem_cache_free(qcow_block_slab, block);
+		kfree(block);
 		return NULL;
 	}
 	return block;
@@ -62,24 +52,28 @@ static void qcow_block_pool_free(void *element, void *data)
 {
 	struct qcow_block *block = element;
 
-	/* Somebody may just be looking at it. */
-	call_rcu(&block->rcu, qcow_block_free_rcu);
+	kfree(block->data);
+	kfree(block);
 }
 
-/* The last pin went, and with it every way to find the block. */
-static void qcow_block_release(struct qcow_cache *cache,
-			       struct qcow_block *block)
+static void qcow_block_free_rcu(struct rcu_head *rcu)
+{
+	struct qcow_block *block = container_of(rcu, struct qcow_block, rcu);
+
+	mempool_free(block, &block->cache->pool);
+}
+
+/*
+ * The last pin went, and with it every way to find the block. A look-up that
+ * found it before may still try to pin it, so the pool, which may hand it out
+ * again at once, gets it only when all of those are over.
+ */
+static void qcow_block_release(struct qcow_block *block)
 {
 	if (block->shadow)
-		mempool_free(block->shadow, &cache->shadows);
+		mempool_free(block->shadow, &block->cache->shadows);
 	block->shadow = NULL;
-	/*
-	 * A pool that is below its reserve would hand the block out again at
-	 * once, under the eyes of an RCU reader. That reader can only try to
-	 * take a pin, which fails while there is none, and look at the key,
-	 * which it checks again once it has one.
-	 */
-	mempool_free(block, &cache->pool);
+	call_rcu(&block->rcu, qcow_block_free_rcu);
 }
 
 /**
@@ -91,12 +85,18 @@ static void qcow_block_release(struct qcow_cache *cache,
 void qcow_block_put(struct qcow_block *block)
 {
 	if (refcount_dec_and_test(&block->pins))
-		qcow_block_release(block->image->cache, block);
+		qcow_block_release(block);
 }
 
 static unsigned long qcow_block_index(struct qcow_image *image, u64 host_offset)
 {
 	return host_offset >> image->block_bits;
+}
+
+/* Where a long is 32 bits, the cache does not reach as far as the format. */
+static bool qcow_block_addressable(struct qcow_image *image, u64 host_offset)
+{
+	return host_offset >> image->block_bits <= ULONG_MAX;
 }
 
 /* Take a block, of which we hold a pin, out of sight. Its cache pin is dropped. */
@@ -154,7 +154,7 @@ static unsigned long qcow_cache_evict(struct qcow_cache *cache,
 	while (!list_empty(&victims)) {
 		block = list_first_entry(&victims, struct qcow_block, lru);
 		list_del_init(&block->lru);
-		qcow_block_release(cache, block);
+		qcow_block_release(block);
 	}
 	return done;
 }
@@ -218,6 +218,8 @@ static void qcow_cache_release(struct kref *kref)
 	struct qcow_cache *cache = container_of(kref, struct qcow_cache, kref);
 
 	qcow_shrinker_unregister(&cache->shrinker);
+	/* Blocks that are on their way back to the pool. */
+	rcu_barrier();
 	free_percpu(cache->stats);
 	mempool_exit(&cache->shadows);
 	mempool_exit(&cache->pool);
@@ -242,11 +244,10 @@ static struct qcow_block *qcow_block_alloc(struct qcow_cache *cache)
 
 	if (READ_ONCE(cache->count) >= cache->limit)
 		qcow_cache_evict(cache, 2);
-	while (!(block = mempool_alloc(&cache->pool, GFP_NOIO &
-				       ~__GFP_DIRECT_RECLAIM))) {
-		/* Rather an old block than waiting for memory. */
-		if (!qcow_cache_evict(cache, 1))
-			io_schedule_timeout(1);
+	/* Rather an old block than waiting for memory. */
+	while (!(block = mempool_alloc(&cache->pool, GFP_NOWAIT | __GFP_NOWARN))) {
+		qcow_cache_evict(cache, 1);
+		io_schedule_timeout(1);
 	}
 	return block;
 }
@@ -262,14 +263,6 @@ static struct qcow_block *qcow_block_lookup(struct qcow_image *image,
 	if (block && !refcount_inc_not_zero(&block->pins))
 		block = NULL;
 	rcu_read_unlock();
-	/* pairs with the barrier in qcow_block_find() */
-	smp_rmb();
-	if (block && unlikely(block->image != image ||
-			      block->host_offset != host_offset)) {
-		/* It was evicted and reused between finding and pinning it. */
-		qcow_block_put(block);
-		block = NULL;
-	}
 	return block;
 }
 
@@ -283,8 +276,17 @@ static struct qcow_block *qcow_block_wait(struct qcow_block *block)
 	return ERR_PTR(-EIO);
 }
 
-static struct qcow_block *qcow_block_find(struct qcow_image *image,
-					  u64 host_offset, bool zeroed)
+/**
+ * qcow_block_get - a block of a table, from memory or from the file
+ * @image: whose table
+ * @host_offset: of the block, bytes, a multiple of the image's block size
+ *
+ * Context: may sleep and read the file. Inside an epoch this is fine.
+ *
+ * Return: the block with a pin, to be dropped with qcow_block_put(); or an
+ * ERR_PTR() with the errno of the read.
+ */
+struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset)
 {
 	unsigned long index = qcow_block_index(image, host_offset);
 	struct qcow_cache *cache = image->cache;
@@ -301,12 +303,11 @@ static struct qcow_block *qcow_block_find(struct qcow_image *image,
 		this_cpu_inc(cache->stats->hits);
 		return block;
 	}
-	/* Only where a long is 32 bits: the cache cannot address that far. */
-	if (sizeof(long) < sizeof(u64) &&
-	    host_offset >> image->block_bits > ULONG_MAX)
+	if (!qcow_block_addressable(image, host_offset))
 		return ERR_PTR(-EFBIG);
 
 	block = qcow_block_alloc(cache);
+	block->cache = cache;
 	block->image = image;
 	block->host_offset = host_offset;
 	block->state = BIT(QCOW_BLOCK_READING) | BIT(QCOW_BLOCK_REFERENCED);
@@ -314,14 +315,12 @@ static struct qcow_block *qcow_block_find(struct qcow_image *image,
 	block->writers = 0;
 	block->dirty = false;
 	block->writing = false;
+	block->written = false;
+	block->kind = QCOW_BLOCK_KINDS;
 	INIT_LIST_HEAD(&block->dirty_node);
 	INIT_LIST_HEAD(&block->writing_node);
 	INIT_LIST_HEAD(&block->lru);
-	/*
-	 * One pin for the cache, one for us. A look-up that found the block in
-	 * its former life can pin it from here on, and must see the new key.
-	 */
-	smp_wmb();
+	/* One pin for the cache, one for us. */
 	refcount_set(&block->pins, 2);
 
 	for (;;) {
@@ -344,18 +343,15 @@ static struct qcow_block *qcow_block_find(struct qcow_image *image,
 		cond_resched();
 	}
 
-	if (zeroed) {
-		memset(block->data, 0, qcow_block_size(image));
-		err = 0;
-	} else {
-		this_cpu_inc(cache->stats->misses);
-		err = qcow_file_read(&image->file, block->data,
-				     qcow_block_size(image), host_offset);
-		trace_qcow_table_read(image, host_offset,
-				      qcow_block_size(image), err);
-	}
-	if (!err)
+	this_cpu_inc(cache->stats->misses);
+	err = qcow_file_read(&image->file, block->data, qcow_block_size(image),
+			     host_offset);
+	trace_qcow_table_read(image, host_offset, qcow_block_size(image), err);
+	if (!err) {
+		/* Whoever sees the bit sees the data. */
+		smp_mb__before_atomic();
 		set_bit(QCOW_BLOCK_UPTODATE, &block->state);
+	}
 	spin_lock(&cache->lock);
 	list_add_tail(&block->lru, &cache->blocks);
 	cache->count += QCOW_BLOCK_SIZE;
@@ -370,33 +366,29 @@ static struct qcow_block *qcow_block_find(struct qcow_image *image,
 }
 
 /**
- * qcow_block_get - a block of a table, from memory or from the file
- * @image: whose table
- * @host_offset: of the block, bytes, a multiple of the image's block size
+ * qcow_block_claim_locked - decide which step of a commit writes a block
+ * @block: pinned
+ * @kind: how it is going to be changed
  *
- * Context: may sleep and read the file. Inside an epoch this is fine.
+ * Only damaged tables use the same block in two ways.
  *
- * Return: the block with a pin, to be dropped with qcow_block_put(); or an
- * ERR_PTR() with the errno of the read.
+ * Context: image->lock is held.
+ *
+ * Return: 0; -EIO if the block is of the other kind, which marks the image
+ * corrupt.
  */
-struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset)
+int qcow_block_claim_locked(struct qcow_block *block, enum qcow_block_kind kind)
 {
-	return qcow_block_find(image, host_offset, false);
-}
-
-/**
- * qcow_block_get_zeroed - a block that is known to hold zeroes in the file
- * @image: whose table
- * @host_offset: of the block, bytes
- *
- * Like qcow_block_get(), without reading.
- *
- * Return: the block with a pin, or an ERR_PTR().
- */
-struct qcow_block *qcow_block_get_zeroed(struct qcow_image *image,
-					 u64 host_offset)
-{
-	return qcow_block_find(image, host_offset, true);
+	lockdep_assert_held(&block->image->lock);
+	if (likely(block->kind == kind))
+		return 0;
+	if (block->kind == QCOW_BLOCK_KINDS) {
+		block->kind = kind;
+		return 0;
+	}
+	qcow_image_corrupt(block->image, "host offset 0x%llx is in use as a refcount block and as another table",
+			   block->host_offset);
+	return -EIO;
 }
 
 /**
@@ -409,7 +401,7 @@ struct qcow_block *qcow_block_get_zeroed(struct qcow_image *image,
  * Context: may sleep, and may run a commit to get memory; so not inside an epoch
  * and not under commit_mutex or alloc_mutex.
  *
- * Return: 0 or the errno of that commit.
+ * Return: 0, -EIO if the block has counts in it, or the errno of that commit.
  */
 int qcow_block_prepare(struct qcow_block *block)
 {
@@ -421,27 +413,28 @@ int qcow_block_prepare(struct qcow_block *block)
 
 	for (;;) {
 		spin_lock_irqsave(&image->lock, flags);
-		if (!block->shadow)
+		err = qcow_block_claim_locked(block, QCOW_BLOCK_LINK);
+		if (!err && !block->shadow)
 			swap(block->shadow, shadow);
-		done = block->shadow;
+		done = !err && block->shadow;
 		if (done)
 			block->writers++;
 		spin_unlock_irqrestore(&image->lock, flags);
-		if (done)
+		if (done || err)
 			break;
 		shadow = mempool_alloc(&image->cache->shadows,
-				       GFP_NOIO & ~__GFP_DIRECT_RECLAIM);
+				       GFP_NOWAIT | __GFP_NOWARN);
 		if (shadow)
 			continue;
 		/* Shadows come back when their blocks have been written. */
 		err = qcow_commit(image);
 		if (err)
-			return err;
+			break;
 		io_schedule_timeout(1);
 	}
 	if (shadow)
 		mempool_free(shadow, &image->cache->shadows);
-	return 0;
+	return err;
 }
 
 static void *qcow_block_take_shadow(struct qcow_block *block)
@@ -475,12 +468,11 @@ void qcow_block_unprepare(struct qcow_block *block)
 
 /**
  * qcow_block_dirty_locked - the content has just been changed
- * @block: pinned; prepared if @kind is QCOW_BLOCK_LINK
- * @kind: which step of a commit may write it
+ * @block: pinned; prepared if it links clusters, claimed if it counts them
  *
  * Context: image->lock is held, and was while the content changed.
  */
-void qcow_block_dirty_locked(struct qcow_block *block, enum qcow_block_kind kind)
+void qcow_block_dirty_locked(struct qcow_block *block)
 {
 	struct qcow_image *image = block->image;
 
@@ -488,12 +480,10 @@ void qcow_block_dirty_locked(struct qcow_block *block, enum qcow_block_kind kind
 	if (block->dirty)
 		return;
 	block->dirty = true;
-	block->kind = kind;
 	refcount_inc(&block->pins);
-	list_add_tail(&block->dirty_node, &image->dirty[kind]);
-	if (!image->nr_dirty++)
-		mod_delayed_work(qcow_commit_wq, &image->commit_work,
-				 QCOW_COMMIT_DELAY);
+	list_add_tail(&block->dirty_node, &image->dirty[block->kind]);
+	image->nr_dirty++;
+	qcow_commit_arm_locked(image);
 }
 
 /**
@@ -533,25 +523,42 @@ void qcow_block_written(struct qcow_block *block, bool ok)
  * @host_offset: bytes
  * @len: bytes
  *
- * For clusters that are free now: whatever is written there next, it is not what
- * the cache holds. Nothing in the range may be dirty.
+ * For clusters to which nothing points any more: whatever is written there next,
+ * it is not what the cache holds.
  *
  * Context: may sleep.
+ *
+ * Return: 0; -EIO if a table there is being changed, so that something does point
+ * there: the tables are damaged.
  */
-void qcow_cache_drop(struct qcow_image *image, u64 host_offset, u64 len)
+int qcow_cache_drop(struct qcow_image *image, u64 host_offset, u64 len)
 {
 	unsigned long first = qcow_block_index(image, host_offset);
 	unsigned long last = qcow_block_index(image, host_offset + len - 1);
 	struct qcow_block *block;
 	unsigned long index;
+	bool busy = false;
 
+	if (!qcow_block_addressable(image, host_offset + len - 1))
+		return 0;
 	xa_for_each_range(&image->blocks, index, block, first, last) {
 		block = qcow_block_lookup(image, (u64)index << image->block_bits);
 		if (!block)
 			continue;
-		qcow_block_unhash(block);
+		spin_lock_irq(&image->lock);
+		busy = block->dirty || block->writing || block->writers;
+		spin_unlock_irq(&image->lock);
+		if (!busy)
+			qcow_block_unhash(block);
 		qcow_block_put(block);
+		if (busy)
+			break;
 	}
+	if (!busy)
+		return 0;
+	qcow_image_corrupt(image, "the table at host offset 0x%llx was freed while it is in use",
+			   (u64)index << image->block_bits);
+	return -EIO;
 }
 
 /**
@@ -589,24 +596,4 @@ void qcow_cache_drop_all(struct qcow_image *image)
 		qcow_block_put(block);
 	}
 	xa_destroy(&image->blocks);
-}
-
-/**
- * qcow_cache_init - once, when the module is loaded
- *
- * Return: 0 or -ENOMEM.
- */
-int qcow_cache_init(void)
-{
-	qcow_block_slab = KMEM_CACHE(qcow_block, 0);
-	return qcow_block_slab ? 0 : -ENOMEM;
-}
-
-/**
- * qcow_cache_exit - when the module is unloaded
- */
-void qcow_cache_exit(void)
-{
-	rcu_barrier();
-	kmem_cache_destroy(qcow_block_slab);
 }
