@@ -255,12 +255,13 @@ same() {
 		qemu-img compare -U -f "$2" -F "$4" "$1" "$3"
 }
 
-# Everything the kernel had to complain about since the last call.
+# Everything the kernel had to complain about since the last call, or the start.
+KMSG_SEEN=$(dmesg 2>/dev/null | wc -l)
 kernel_reports() {
 	local all
 
 	all=$(dmesg | sed 's/^\[[^]]*\] //')
-	printf '%s\n' "$all" | tail -n "+$((${KMSG_SEEN:-0} + 1))" |
+	printf '%s\n' "$all" | tail -n "+$((KMSG_SEEN + 1))" |
 		grep -E 'BUG:|WARNING:|KASAN|UBSAN|Oops|general protection|lockdep|possible (circular|recursive)|inconsistent lock|suspicious RCU|INFO: task|kmemleak|sleeping function|refcount_t'
 	KMSG_SEEN=$(printf '%s\n' "$all" | wc -l)
 }
