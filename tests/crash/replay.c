@@ -6,8 +6,9 @@
  * and the history of qcow-diff, which has every request to the device above, it
  * makes states of the storage as a power cut may leave them: everything that a
  * completed flush covers, and of the writes after that any subset, torn at any
- * sector (with --file at any block of the file system). Each must pass `qemu-img check` (leaks are allowed), and each sector
- * of the disk in it must hold what was durable or what was written after.
+ * sector (with --file at any block of the file system). Each must pass `qemu-img
+ * check` (leaks are allowed), and each sector of the disk in it must hold what was
+ * durable or what was written after.
  *
  * The log: dm-log-writes puts a write into it when the next flush completes
  * (with FUA: when the write completes), then the flush, then the mark that
@@ -388,8 +389,8 @@ static unsigned int run_states(unsigned int part)
 		if (check_state(k, clock))
 			continue;
 		bad++;
-		printf("# state %" PRIu64 ": epoch %zu of %zu, entries %zu to %zu of %zu, "
-		       "kept: %s\n", k, which, epoch_count, e->first, e->flush,
+		printf("# state %" PRIu64 ": epoch %zu of %zu, entries %zu to %zu of %zu, kept: %s\n",
+		       k, which, epoch_count, e->first, e->flush,
 		       entry_count, way);
 		fflush(stdout);
 		if (bad >= 5)

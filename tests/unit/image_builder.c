@@ -1278,7 +1278,7 @@ static struct qcow_image *image_open(struct qcow_test_file *tf, u32 format,
 				      cache, &image, &msg);
 		/* What a kernel thread closes, a worker closes a bit later. */
 		if (ret == -ETXTBSY)
-			msleep(10);
+			msleep(20);
 	} while (ret == -ETXTBSY && --patience);
 	fput(file);
 	qcow_cache_put(cache);

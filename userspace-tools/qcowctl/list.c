@@ -246,15 +246,17 @@ static struct json_object *select_columns(struct json_object *devices,
 					  const char **shown, size_t count)
 {
 	struct json_object *selected = json_object_new_array();
-	struct json_object *device, *object;
+	struct json_object *device, *object, *value;
 	size_t i, j;
 
 	for (i = 0; i < json_object_array_length(devices); i++) {
 		device = json_object_array_get_idx(devices, i);
 		object = json_object_new_object();
-		for (j = 0; j < count; j++)
+		for (j = 0; j < count; j++) {
+			value = json_object_object_get(device, shown[j]);
 			json_object_object_add(object, shown[j],
-					       json_object_get(json_object_object_get(device, shown[j])));
+					       json_object_get(value));
+		}
 		json_object_array_add(selected, object);
 	}
 	return selected;

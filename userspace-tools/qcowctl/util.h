@@ -16,7 +16,7 @@
 	X(EXIT_OK,		0, "success")				\
 	X(EXIT_SYSTEM,		1, "the system failed: I/O, memory, a missing program") \
 	X(EXIT_USAGE,		2, "wrong usage")			\
-	X(EXIT_REFUSED,		3, "image refused: not qcow2, damaged, unsupported, no backing format") \
+	X(EXIT_REFUSED,		3, "image refused: not qcow2, damaged, unsupported") \
 	X(EXIT_BUSY,		4, "busy: locked, in use, or the number is taken") \
 	X(EXIT_ABSENT,		5, "no such device or file")		\
 	X(EXIT_DENIED,		6, "not permitted, or the driver is not loaded")

@@ -286,7 +286,7 @@ static u64 qcow_entry_cluster(struct qcow_image *image, u64 entry)
  * anything is changed.
  */
 static void qcow_frees_add(struct qcow_image *image, struct list_head *frees,
-			  u64 cluster, bool punch)
+			   u64 cluster, bool punch)
 {
 	struct qcow_free *free;
 

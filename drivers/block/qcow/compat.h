@@ -89,21 +89,31 @@ static inline void qcow_shrinker_unregister(struct qcow_shrinker *s)
 #endif
 }
 
+#ifdef CONFIG_TINY_SRCU
+#error "epochs end in interrupts, which SRCU without SMP does not allow"
+#endif
+
 /*
  * A reader that one context begins and another, perhaps an interrupt handler,
- * ends. lockdep must not track it as held by the task that began it.
+ * ends. lockdep must not track it as held by the task that began it, and sparse,
+ * which cannot follow it, not as held by the function.
  */
 static inline int qcow_epoch_enter(struct srcu_struct *epoch)
 {
+	int index;
+
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 3, 0)
-	return srcu_down_read(epoch);
+	index = srcu_down_read(epoch);
 #else
-	return __srcu_read_lock(epoch);
+	index = __srcu_read_lock(epoch);
 #endif
+	__release(epoch);
+	return index;
 }
 
 static inline void qcow_epoch_exit(struct srcu_struct *epoch, int index)
 {
+	__acquire(epoch);
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 3, 0)
 	srcu_up_read(epoch, index);
 #else

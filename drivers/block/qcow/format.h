@@ -28,7 +28,7 @@
 #define QCOW_MAX_BACKING_NAME		1023U
 #define QCOW_MAX_BACKING_FORMAT		15U
 /* Host offsets of clusters and tables have 56 bits. */
-#define QCOW_MAX_HOST_OFFSET		(1ULL << 56)
+#define QCOW_MAX_HOST_OFFSET		BIT_ULL(56)
 
 /**
  * struct qcow_disk_header - the header at offset 0

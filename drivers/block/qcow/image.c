@@ -315,6 +315,7 @@ int qcow_image_open(struct file *file, u32 format, bool writable, u32 io_mode,
 		    struct qcow_cache *cache, struct qcow_image **imagep,
 		    struct qcow_message *msg)
 {
+	bool direct = io_mode == QCOW_IO_DIRECT;
 	struct qcow_image *image;
 	int err = 0;
 
@@ -327,8 +328,7 @@ int qcow_image_open(struct file *file, u32 format, bool writable, u32 io_mode,
 	}
 	/* Not the same format, or I/O asked for that it does not do: not shared. */
 	if (image && image->format == format &&
-	    (io_mode == QCOW_IO_AUTO ||
-	     image->file.direct == (io_mode == QCOW_IO_DIRECT))) {
+	    (io_mode == QCOW_IO_AUTO || image->file.direct == direct)) {
 		kref_get(&image->kref);
 		*imagep = image;
 		goto out_unlock;

@@ -137,7 +137,7 @@ unsigned int qcow_zero_bvecs(struct bio_vec *bvec, unsigned int room, u64 len);
 
 /* A block is a page of a table, or a cluster where clusters are smaller. */
 #define QCOW_BLOCK_BITS		12
-#define QCOW_BLOCK_SIZE		(1U << QCOW_BLOCK_BITS)
+#define QCOW_BLOCK_SIZE		BIT(QCOW_BLOCK_BITS)
 
 /**
  * struct qcow_cache_stats - counted on each CPU

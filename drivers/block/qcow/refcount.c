@@ -24,20 +24,21 @@
  * handed out, reads as zeroes, since growing a file adds zeroes. Nothing else
  * does, not even what has a count of zero.
  */
+#include <linux/sizes.h>
 #include <linux/slab.h>
 
 #include "qcow.h"
 #include "trace.h"
 
 /* Refcount blocks are made ahead for this many bytes, but for so many at most. */
-#define QCOW_REFBLOCK_RESERVE	(16ULL << 20)
+#define QCOW_REFBLOCK_RESERVE	((u64)SZ_16M)
 #define QCOW_REFBLOCKS_AHEAD	64U
 
 /* Counted clusters behind the end of the file that a crash may have left. */
-#define QCOW_MAX_STRAY_BYTES	(4ULL << 30)
+#define QCOW_MAX_STRAY_BYTES	SZ_4G
 
-#define QCOW_EXTEND_MIN		(1ULL << 20)
-#define QCOW_EXTEND_MAX		(64ULL << 20)
+#define QCOW_EXTEND_MIN		((u64)SZ_1M)
+#define QCOW_EXTEND_MAX		((u64)SZ_64M)
 
 /* What stands in the way of an allocation. */
 enum qcow_alloc_need {

@@ -745,7 +745,8 @@ static void load_initial(void)
 	int in;
 
 	in = open(opt.mirror_in, O_RDONLY | O_CLOEXEC);
-	if (in < 0 || (size = lseek(in, 0, SEEK_END)) < 0)
+	size = in < 0 ? -1 : lseek(in, 0, SEEK_END);
+	if (size < 0)
 		die("%s: %s", opt.mirror_in, strerror(errno));
 	initial_sectors = size / SECTOR_SIZE;
 	if (initial_sectors > sectors)
@@ -852,8 +853,8 @@ static void parse(int argc, char **argv)
 {
 	enum {
 		SEED = 256, OPS, JOBS, MAX_IO, CLUSTER, HOT, MIX, BUFFERED,
-		ALLOW_ENOSPC, ALLOW_ERRORS, TORN_READS, MIRROR_IN, MIRROR_OUT, VERIFY_ONLY, HISTORY, MARK,
-		NO_FINAL, CORRUPT_OP, QUIET, HELP, FILL,
+		ALLOW_ENOSPC, ALLOW_ERRORS, TORN_READS, MIRROR_IN, MIRROR_OUT,
+		VERIFY_ONLY, HISTORY, MARK, NO_FINAL, CORRUPT_OP, QUIET, HELP, FILL,
 	};
 	static const struct option options[] = {
 		{ "seed", 1, NULL, SEED }, { "ops", 1, NULL, OPS },
