@@ -690,7 +690,7 @@ static int qcow_search(struct qcow_image *image, u64 want, u64 *cluster,
 		}
 		if (*cluster >= limit || (wrapped && *cluster >= start))
 			return -ENOSPC;
-		if (*cluster > stray) {
+		if (*cluster > max(stray, start)) {
 			qcow_image_corrupt(image, "clusters far behind the end of the file are in use");
 			return -EIO;
 		}
