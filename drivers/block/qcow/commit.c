@@ -25,6 +25,10 @@
  *     E was made. No cluster that it covers is handed out before the commit that
  *     writes E is complete (refcount.c).
  *
+ * A block that was written stays pinned, with its shadow, until barrier 2 is over;
+ * if anything fails it is dirty again. So a look-up never has to read back what a
+ * failed barrier may have lost.
+ *
  * So a power cut anywhere leaves every entry that is on disk pointing to
  * something that is on disk and counted; clusters that are counted and not
  * pointed to are leaks.
