@@ -546,7 +546,8 @@ int qcow_cache_drop(struct qcow_image *image, u64 host_offset, u64 len)
 		if (!block)
 			continue;
 		spin_lock_irq(&image->lock);
-		busy = block->dirty || block->writing || block->writers;
+		/* Prepared it may be, by who is about to see that it has moved. */
+		busy = block->dirty || block->writing;
 		spin_unlock_irq(&image->lock);
 		if (!busy)
 			qcow_block_unhash(block);
