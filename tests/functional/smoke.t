@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # The driver works on this kernel: a file system on an image, and a few random cells.
 # kernels: all
-# timeout: 300
+# timeout: 900
 
 # shellcheck source=tests/functional/cells.sh
 . "$(dirname "$0")/cells.sh"

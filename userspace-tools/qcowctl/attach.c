@@ -26,7 +26,7 @@ static const struct option_help option_help[] = {
 	[DISCARD] = { 0, "discard", "MODE",
 		"unmap (default), ignore, keep" },
 	[CACHE_SIZE] = { 0, "cache-size", "SIZE",
-		"most memory for tables, in bytes or with K, M, G" },
+		"most memory for tables, in bytes or with k, M, G" },
 	[IO] = { 0, "io", "MODE",
 		"auto (default), direct, buffered" },
 	[FORMAT] = { 'f', "format", "FORMAT",
@@ -116,11 +116,11 @@ static int attach_failed(const char *image, int wanted, const char *message,
 	default:
 		code = exit_of_errno(err);
 	}
-	if (*message)
-		return fail(code, "%s: %s", image, message);
 	if (err == EEXIST && wanted >= 0)
 		return fail(code, "%s: /dev/qcow%d is attached already; leave out --number, or detach it",
 			    image, wanted);
+	if (*message)
+		return fail(code, "%s: %s", image, message);
 	if (err == EPERM || err == ENOTTY || err == E2BIG)
 		return control_error(err);
 	return fail(code, "%s: the driver refused it: %s; the kernel log may say more",

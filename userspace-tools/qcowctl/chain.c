@@ -43,7 +43,9 @@ static int open_failed(const struct chain *chain, const char *path, bool write,
 	if (write && err == EBUSY)
 		return fail(EXIT_BUSY, "%s: the block device is in use, mounted or held; release it there",
 			    path);
-	if (write && (err == EROFS || err == EACCES || err == EPERM || err == ETXTBSY))
+	if (write && err == ETXTBSY)
+		return lock_denied(path);
+	if (write && (err == EROFS || err == EACCES || err == EPERM))
 		return fail(exit_of_errno(err), "%s: cannot be opened for writing: %s; to attach it all the same, use --read-only",
 			    path, why);
 	if (chain->count)

@@ -83,4 +83,7 @@ int backing_resolve(const char *overlay, const char *name, char **path,
  */
 int lock_image(int fd, const char *path, bool write);
 
+/* Say who lets nobody open the file for writing, as the driver does (ETXTBSY). */
+int lock_denied(const char *path);
+
 #endif /* QCOWCTL_CHAIN_H */

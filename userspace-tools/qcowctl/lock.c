@@ -67,12 +67,12 @@ static int ofd_lock(int fd, int cmd, short type, int byte, short *found)
 	return 0;
 }
 
-static int conflict(int fd, const char *path, int byte)
+static int conflict(const char *path, int byte)
 {
 	autofree char *holder = NULL;
 	struct stat st;
 
-	if (!fstat(fd, &st))
+	if (!stat(path, &st))
 		holder = lock_holder(&st, byte);
 	if (!holder)
 		holder = xstrdup("another process, not visible here,");
@@ -85,6 +85,11 @@ static int conflict(int fd, const char *path, int byte)
 			    path, holder);
 	return fail(EXIT_BUSY, "%s: %s has it open for writing; close it there",
 		    path, holder);
+}
+
+int lock_denied(const char *path)
+{
+	return conflict(path, DENIES(WRITE));
 }
 
 static int no_locks(const char *path, int err)
@@ -114,7 +119,7 @@ int lock_image(int fd, const char *path, bool write)
 	for (i = 0; i < set->holds; i++) {
 		err = ofd_lock(fd, F_OFD_SETLK, F_RDLCK, set->hold[i], &found);
 		if (err == -EAGAIN || err == -EACCES)
-			return conflict(fd, path, set->hold[i]);
+			return conflict(path, set->hold[i]);
 		if (err)
 			return no_locks(path, -err);
 	}
@@ -123,7 +128,7 @@ int lock_image(int fd, const char *path, bool write)
 		if (err)
 			return no_locks(path, -err);
 		if (found != F_UNLCK)
-			return conflict(fd, path, set->probe[i]);
+			return conflict(path, set->probe[i]);
 	}
 	return EXIT_OK;
 }

@@ -188,7 +188,7 @@ bool parse_size(const char *s, uint64_t *bytes)
 	const char *suffix;
 
 	if (s[digits]) {
-		suffix = strchr(suffixes, s[digits]);
+		suffix = strchr(suffixes, toupper((unsigned char)s[digits]));
 		if (!suffix || s[digits + 1])
 			return false;
 		shift = 10 * (suffix - suffixes + 1);

@@ -69,7 +69,7 @@ bool has_protocol(const char *name);
 /* Decimal, nothing before or after it, at most @max. */
 bool parse_number(const char *s, uint64_t max, uint64_t *value);
 
-/* The same with an optional K, M, G or T (powers of 1024). */
+/* The same with an optional K, M, G or T, or k, m, g, t (powers of 1024). */
 bool parse_size(const char *s, uint64_t *bytes);
 
 /* @bytes as people write it: 512, 64K, 1.5G. */
