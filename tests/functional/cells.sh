@@ -171,10 +171,6 @@ cell_steps() {
 	if [[ $dev == buffered ]]; then
 		args+=(--buffered)
 	fi
-	if [[ $io == buffered ]] && ((jobs > 1)); then
-		# Page cache: a read that races with a write may see half of it.
-		args+=(--torn-reads)
-	fi
 	if [[ ${QCOW_MIX-} ]]; then
 		args+=(--mix "$QCOW_MIX")
 	fi

@@ -40,8 +40,8 @@ fails() { set_storage "0 $sectors flakey $LOOP 0 0 60 ${1+1 }${1-}"; }
 rounds=12
 ops=3000
 if [[ $QUICK ]]; then
-	rounds=4
-	ops=1200
+	rounds=3
+	ops=600
 fi
 if [[ ${QCOW_SOAK-} ]]; then
 	rounds=60

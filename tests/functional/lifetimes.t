@@ -9,6 +9,10 @@
 
 need_driver
 cd "$WORK" || exit
+many=24 overlays=50 total=1000 tugs=30 kill_rounds=100
+if [[ $QUICK ]]; then
+	many=8 overlays=6 total=40 tugs=10 kill_rounds=10
+fi
 
 devices() {
 	find /sys/block -maxdepth 1 -name 'qcow*' -printf '%f\n' | sort
@@ -75,17 +79,17 @@ done
 
 # Many at a time
 attached=0
-for ((i = 0; i < 24; i++)); do
+for ((i = 0; i < many; i++)); do
 	qemu-img create -q -f qcow2 many$i.qcow2 8M
 	try_attach "$WORK/many$i.qcow2" && attached=$((attached + 1))
 done
-is "24 devices at a time" "$attached" 24
+is "$many devices at a time" "$attached" "$many"
 is "with numbers from 0 on" "$(devices | sort -V | tr '\n' ' ')" \
-	"$(seq -f 'qcow%g' -s ' ' 0 23) "
+	"$(seq -f 'qcow%g' -s ' ' 0 $((many - 1))) "
 all_at_once() {
 	local i pids=()
 
-	for ((i = 0; i < 24; i++)); do
+	for ((i = 0; i < many; i++)); do
 		qcow-diff --quiet --ops 50 --seed "$i" "/dev/qcow$i" &
 		pids+=($!)
 	done
@@ -96,17 +100,13 @@ ok "detach --all" "$QCOWCTL" detach --all
 DEVICES=()
 is "takes them all away" "$(devices)" ""
 bad=0
-for ((i = 0; i < 24; i++)); do
+for ((i = 0; i < many; i++)); do
 	is_clean many$i.qcow2 || bad=$((bad + 1))
 done
 is "with every image clean" "$bad" 0
 rm -f many*.qcow2
 
-# Fifty overlays on one base: its tables are in memory once.
-overlays=50
-if [[ $QUICK ]]; then
-	overlays=12
-fi
+# Many overlays on one base: its tables are in memory once.
 qemu-img create -q -f qcow2 -o cluster_size=4k,preallocation=metadata base.qcow2 32M
 qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 ov0.qcow2
 attached=0
@@ -139,10 +139,6 @@ rm -f ov*.qcow2 base.qcow2
 is "no device is left" "$(devices)" ""
 
 # A thousand lifetimes: four loops, each with its image, against I/O and udev.
-total=1000
-if [[ $QUICK ]]; then
-	total=120
-fi
 # Detach is deferred, as udev or the reader may have the device open: until they
 # close it the image is busy, and attach is tried again.
 churn() {
@@ -209,7 +205,7 @@ is "with every image clean" "$bad" 0
 tug() {
 	local i
 
-	for ((i = 0; i < 30; i++)); do
+	for ((i = 0; i < tugs; i++)); do
 		"$QCOWCTL" attach "$WORK/one.qcow2" >/dev/null 2>&1
 		"$QCOWCTL" detach "$WORK/one.qcow2" >/dev/null 2>&1
 	done
@@ -233,10 +229,6 @@ is "leave no device" "$(devices)" ""
 check_clean one.qcow2 "after the tug of war"
 
 # A tool that is killed leaves nothing, or a device that detaches.
-kill_rounds=100
-if [[ $QUICK ]]; then
-	kill_rounds=25
-fi
 killed=0 left=0 stuck=0
 for ((i = 0; i < kill_rounds; i++)); do
 	"$QCOWCTL" attach "$WORK/two.qcow2" >/dev/null 2>&1 &

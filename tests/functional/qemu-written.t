@@ -54,10 +54,14 @@ made() {
 }
 
 zeroes=("${ZEROES[@]}")
-for size in 512 1k 2k 4k 64k 256k 1M 2M; do
+sizes=(512 1k 2k 4k 64k 256k 1M 2M) widths=(1 2 4 8 32 64) depths=(3 64 512)
+if [[ $QUICK ]]; then
+	sizes=(512 2M) widths=(1 64) depths=(3)
+fi
+for size in "${sizes[@]}"; do
 	made "cluster size $size" 5M -o cluster_size=$size
 done
-for bits in 1 2 4 8 32 64; do
+for bits in "${widths[@]}"; do
 	made "refcount bits $bits" 5M -o refcount_bits=$bits
 done
 for pre in metadata falloc full; do
@@ -175,10 +179,6 @@ deep_chain() {
 	rm deep/template
 	cp "deep/L$(printf %03d $(($1 - 1))).qcow2" deep/top.qcow2
 }
-depths=(3 64 512)
-if [[ $QUICK ]]; then
-	depths=(3 64)
-fi
 for depth in "${depths[@]}"; do
 	deep_chain "$depth"
 	if ((depth <= 64)); then

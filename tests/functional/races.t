@@ -17,7 +17,7 @@ CELL_OPS=10000
 if [[ ${QCOW_SOAK-} ]]; then
 	CELL_OPS=100000
 elif [[ $QUICK ]]; then
-	CELL_OPS=3000
+	CELL_OPS=1000
 fi
 
 QCOW_MIX=read=15,write=40,discard=30,punch=6,zero=8,flush=1
