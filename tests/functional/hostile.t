@@ -24,6 +24,15 @@ make_good() {
 			-c 'write -q -P 0x42 64k 64k' good.qcow2
 }
 
+# make_bad OFFSET HEX [OFFSET HEX]...
+make_bad() {
+	cp good.qcow2 bad.qcow2
+	while (($#)); do
+		put_bytes bad.qcow2 "$1" "$2"
+		shift 2
+	done
+}
+
 # The header, field by field: refused at attach, in one line, read-only or not.
 ways=("" --read-only)
 versions=(1.1 0.10)
@@ -35,11 +44,7 @@ refused() {
 	local desc=$1 option result=ok
 	shift
 
-	cp good.qcow2 bad.qcow2
-	while (($#)); do
-		put_bytes bad.qcow2 "$1" "$2"
-		shift 2
-	done
+	make_bad "$@"
 	for option in "${ways[@]}"; do
 		if try_attach ${option:+"$option"} "$PWD/bad.qcow2"; then
 			result="attached with '$option'"
@@ -161,11 +166,7 @@ survives() {
 	local desc=$1 result=ok got
 	shift
 
-	cp good.qcow2 bad.qcow2
-	while (($#)); do
-		put_bytes bad.qcow2 "$1" "$2"
-		shift 2
-	done
+	make_bad "$@"
 	if try_attach "$PWD/bad.qcow2"; then
 		# Each of these may fail, and the next is tried all the same.
 		timeout 60 xfs_io -d -c 'pread -q -b 64k 0 64k' -c 'pread -q -b 64k 64k 960k' \
@@ -180,7 +181,6 @@ survives() {
 	elif (($(wc -l <"$WORK/.err") != 1)); then
 		result="not one line: $(<"$WORK/.err")"
 	fi
-	# The second data cluster was never written to by its guest address.
 	got=$(head -c 4 bad.qcow2 | od -An -tx1 | tr -d ' ')
 	if [[ $got != 514649fb ]]; then
 		result="the header was overwritten: $got"

@@ -59,10 +59,10 @@ if [[ $QUICK ]]; then
 	sizes=(512 2M) widths=(1 64) depths=(3)
 fi
 for size in "${sizes[@]}"; do
-	made "cluster size $size" 5M -o cluster_size=$size
+	made "cluster size $size" 5M -o cluster_size="$size"
 done
 for bits in "${widths[@]}"; do
-	made "refcount bits $bits" 5M -o refcount_bits=$bits
+	made "refcount bits $bits" 5M -o refcount_bits="$bits"
 done
 for pre in metadata falloc full; do
 	made "preallocation $pre" 5M -o preallocation=$pre

@@ -5,9 +5,10 @@
  * A number is reserved in the idr before anything else is done, and given back
  * after everything else is gone, so a number never stands for two devices. In
  * between, the idr holds the device itself only while the device is whole: from
- * the end of the attach to the beginning of the detach. Who finds it there under
- * qcow_devices_mutex may use all of it until they unlock. That mutex is never
- * held during I/O.
+ * just before its disk is added, so that a uevent can be answered with a STATUS,
+ * to the beginning of the detach. Who finds it there under qcow_devices_mutex may
+ * use all of it until they unlock, but for detaching it: that waits for @added.
+ * That mutex is never held during I/O.
  *
  * Detach and open decide under disk->open_mutex who of them is first: detach
  * sets @claimed if nobody has the device open, and open fails once it is set.
@@ -540,14 +541,19 @@ int qcow_device_attach(const struct qcow_attach *args,
 
 	/* The caller has the control node open, so the module is here. */
 	__module_get(THIS_MODULE);
+	/* Who learns of the disk as it is added can ask for its status. */
+	qcow_index_publish(dev->index, dev);
 	err = device_add_disk(NULL, dev->disk, qcow_attr_groups);
 	if (err)
 		goto err_disk;
 	*index = dev->index;
-	qcow_index_publish(dev->index, dev);
+	mutex_lock(&qcow_devices_mutex);
+	dev->added = true;
+	mutex_unlock(&qcow_devices_mutex);
 	return 0;
 
 err_disk:
+	qcow_index_publish(dev->index, NULL);
 	module_put(THIS_MODULE);
 	/* A disk that was never added does not free what is behind it. */
 	put_disk(dev->disk);
@@ -637,24 +643,28 @@ static void qcow_detach_work_fn(struct work_struct *work)
  * Unless the detach was put off, everything is written when this returns, the
  * number is free, and the files are closed on return to user mode at the latest.
  *
- * Return: 0; -ENODEV if there is no such device; -EBUSY while it is open; or the
- * error of a write, and then the device is gone as well.
+ * Return: 0; -ENODEV if there is no such device; -EBUSY while it is open or still
+ * being attached; or the error of a write, and then the device is gone as well.
  */
 int qcow_device_detach(int index, bool deferred)
 {
 	struct qcow_device *dev;
 	struct gendisk *disk;
-	int ret;
+	int ret = 0;
 
 	mutex_lock(&qcow_devices_mutex);
 	dev = idr_find(&qcow_devices, index);
-	if (dev) {
+	if (!dev) {
+		ret = -ENODEV;
+	} else if (!dev->added) {
+		ret = -EBUSY;
+	} else {
 		disk = dev->disk;
 		get_device(disk_to_dev(disk));
 	}
 	mutex_unlock(&qcow_devices_mutex);
-	if (!dev)
-		return -ENODEV;
+	if (ret)
+		return ret;
 
 	ret = qcow_device_claim(dev, deferred);
 	if (ret > 0)

@@ -51,6 +51,7 @@ struct qcow_device_stats {
  * @nr_files: how many
  * @discard: QCOW_DISCARD_*
  * @read_only: the device refuses writes
+ * @added: the disk has been added; guarded by qcow_devices_mutex
  * @claimed: being detached, cannot be opened; guarded by disk->open_mutex
  * @deferred: to be detached by the last close; guarded by disk->open_mutex
  * @detach_work: that detach
@@ -71,6 +72,7 @@ struct qcow_device {
 	unsigned int nr_files;
 	u32 discard;
 	bool read_only;
+	bool added;
 	bool claimed;
 	bool deferred;
 	struct work_struct detach_work;
