@@ -26,6 +26,8 @@ run_cell cs=4k,size=1M,hot=16k,jobs=16
 run_cell cs=512,size=1M,hot=4k,jobs=8
 run_cell cs=64k,size=2M,hot=128k,jobs=16,io=buffered
 run_cell cs=64k,size=4M,hot=256k,jobs=8,discard=keep
+# A cluster that is cleared but kept, and used again under a write in flight.
+run_cell cs=2M,size=8M,hot=256k,jobs=8,discard=keep
 QCOW_MIX=read=10,write=40,discard=20,zero=25,flush=5
 run_cell cs=64k,size=4M,hot=256k,jobs=16,snap=1
 run_cell cs=4k,size=4M,hot=64k,jobs=16,snap=1,chain=raw

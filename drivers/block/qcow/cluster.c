@@ -6,7 +6,9 @@
  * holds it until the change is in the cached L2 block. So there is one change at
  * a time for each guest cluster, and none of them sees another one half done.
  * Overwriting data in place changes no mapping and takes no lock; that it may
- * race with a discard of the same cluster is what epochs are for.
+ * race with a discard of the same cluster is what epochs are for. A cluster that
+ * is freed waits for their end before it is used again (commit.c), and one that
+ * is cleared but kept stays locked until then.
  *
  * A write that changes the mapping has three parts: qcow_write_begin() locks the
  * range and takes host clusters; the caller writes the guest's data, with what
@@ -655,7 +657,7 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 	struct qcow_block *block;
 	unsigned int index, i;
 	u64 l1_entry, entry, new, host;
-	bool freed, changes = false;
+	bool freed, changes = false, kept = false;
 	unsigned long flags;
 	LIST_HEAD(frees);
 	__be64 *entries;
@@ -691,6 +693,7 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 			break;
 		new = qcow_clear_entry(chain, entry, mode, &freed);
 		changes |= new != entry;
+		kept |= type == QCOW_EXTENT_DATA && !freed;
 		if (freed)
 			qcow_frees_add(image, &frees,
 				       qcow_entry_cluster(image, entry), true);
@@ -712,6 +715,13 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 		qcow_frees_queue_locked(image, &frees);
 		spin_unlock_irqrestore(&image->lock, flags);
 	}
+	/*
+	 * Writes that overwrite the old data in place have to be over before a
+	 * new one may count on what it puts around its own: only this lock
+	 * keeps it from taking the cluster into use again.
+	 */
+	if (kept)
+		synchronize_srcu_expedited(&image->epoch);
 	if (mode == QCOW_CLEAR_PUNCH)
 		qcow_punch_entries(image, block, index, count);
 out_put:

@@ -662,10 +662,11 @@ static void draw_range(struct job *job, enum op_kind kind, uint64_t *s,
 		uint64_t page = 4096 / SECTOR_SIZE / unit;
 
 		page = page ? page : 1;
+		limit = limit / page * page;
 		start = start / page * page;
 		size = (size + page - 1) / page * page;
 		if (start + size > limit)
-			size = limit - start;
+			start = limit - size;
 	}
 	*s = start * unit;
 	*count = size * unit;
