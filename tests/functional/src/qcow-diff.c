@@ -662,9 +662,12 @@ static void draw_range(struct job *job, enum op_kind kind, uint64_t *s,
 		uint64_t page = 4096 / SECTOR_SIZE / unit;
 
 		page = page ? page : 1;
-		limit = limit / page * page;
+		if (limit > page)
+			limit -= limit % page;
 		start = start / page * page;
 		size = (size + page - 1) / page * page;
+		if (size > limit)
+			size = limit;
 		if (start + size > limit)
 			start = limit - size;
 	}
