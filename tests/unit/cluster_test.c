@@ -569,6 +569,22 @@ static void what_was_discarded_can_be_written_again(struct kunit *test)
 
 /* ---- failures ------------------------------------------------------------- */
 
+/* COPIED without an offset says nothing: least of all that the header is ours. */
+static void a_discard_never_empties_the_header(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .size = SZ_1M };
+	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
+	struct qcow_test_disk *after;
+	struct guest *guest;
+
+	qcow_test_disk_map(disk, 0, COPIED);
+	guest = guest_create(disk, spec.size, 0);
+	guest_discard(guest, 0, SZ_64K, true);
+	guest_reads_all(guest);
+	after = qcow_test_close_and_load(guest->tf, image_of(guest));
+	KUNIT_EXPECT_EQ(test, memcmp(after->bytes, disk->bytes, 104), 0);
+}
+
 static void a_write_that_fails_leaves_nothing(struct kunit *test)
 {
 	struct qcow_test_spec spec = { .cluster_bits = 12, .size = SZ_1M };
@@ -1173,6 +1189,7 @@ static struct kunit_case cluster_test_cases[] = {
 	KUNIT_CASE(ranges_without_a_table_are_cleared),
 	KUNIT_CASE(the_last_part_of_a_cluster_can_be_discarded),
 	KUNIT_CASE(what_was_discarded_can_be_written_again),
+	KUNIT_CASE(a_discard_never_empties_the_header),
 	KUNIT_CASE(a_write_that_fails_leaves_nothing),
 	KUNIT_CASE(a_failed_data_write_is_told_and_undone),
 	KUNIT_CASE(an_unreadable_backing_file_fails_the_write),

@@ -636,10 +636,11 @@ static void qcow_punch_entries(struct qcow_image *image,
 
 	for (i = index; i < index + count && !image->no_punch; i++) {
 		u64 entry = qcow_entry_load(image, block, i);
+		u64 host_offset = entry & QCOW_L2_OFFSET_MASK;
 
-		if (!(entry & QCOW_OFLAG_COPIED))
+		if (!(entry & QCOW_OFLAG_COPIED) || !host_offset)
 			continue;
-		if (qcow_file_punch(&image->file, entry & QCOW_L2_OFFSET_MASK,
+		if (qcow_file_punch(&image->file, host_offset,
 				    qcow_cluster_size(image)) == -EOPNOTSUPP)
 			image->no_punch = true;
 	}

@@ -380,8 +380,10 @@ static inline u32 qcow_block_size(const struct qcow_image *image)
 static inline bool qcow_image_has(const struct qcow_image *image,
 				  u64 host_offset, u64 length)
 {
-	return host_offset + length <= round_up(qcow_file_size(&image->file),
-						(u64)qcow_cluster_size(image));
+	u64 end = round_up(qcow_file_size(&image->file),
+			   (u64)qcow_cluster_size(image));
+
+	return length <= end && host_offset <= end - length;
 }
 
 int qcow_image_open(struct file *file, u32 format, bool writable, u32 io_mode,
