@@ -7,6 +7,7 @@
 #
 #   v=3              version of the format
 #   cs=64k           cluster size
+#   ext=0            1: extended L2 entries, for subclusters
 #   rc=16            refcount bits
 #   pre=off          preallocation: off, metadata, falloc
 #   chain=none       none; raw; qcow2 (base of another cluster size); short and
@@ -121,6 +122,9 @@ make_image() {
 	else
 		options+=,compat=1.1
 	fi
+	if ((ext)); then
+		options+=,extended_l2=on
+	fi
 	qemu-img create -q -f qcow2 ${base:+-b "$base" -F "$base_fmt"} -o "$options" \
 		image.qcow2 "$full" || return
 
@@ -224,7 +228,7 @@ cell_steps() {
 
 # run_cell NAME: one result.
 run_cell() {
-	local v=3 cs=64k rc=16 pre=off chain=none snap=0 init=0 size=8M
+	local v=3 cs=64k ext=0 rc=16 pre=off chain=none snap=0 init=0 size=8M
 	local discard=unmap io=auto cache='' jobs=1 dev=direct hot='' seed=1
 	local ops=$CELL_OPS pair dir status
 	local -a pairs
@@ -232,7 +236,7 @@ run_cell() {
 	IFS=, read -ra pairs <<<"$1"
 	for pair in "${pairs[@]}"; do
 		case ${pair%%=*} in
-		v | cs | rc | pre | chain | snap | init | size | discard | io | \
+		v | cs | ext | rc | pre | chain | snap | init | size | discard | io | \
 			cache | jobs | dev | hot | seed | ops)
 			printf -v "${pair%%=*}" %s "${pair#*=}"
 			;;
@@ -279,7 +283,7 @@ pick() {
 
 # draw_cell N: a cell by chance, which is the same for the same N.
 draw_cell() {
-	local v cs rc=16 pre=off chain snap=0 size
+	local v cs ext=0 rc=16 pre=off chain snap=0 size
 
 	RANDOM=$(($1 % 32768))
 	: $RANDOM $RANDOM
@@ -291,6 +295,12 @@ draw_cell() {
 		pick 1 2 4 8 16 16 32 64
 		rc=$PICKED
 	fi
+	case $v-$cs in
+	3-64k | 3-?M)
+		pick 0 1
+		ext=$PICKED
+		;;
+	esac
 	pick none none none raw qcow2 short long deep zero
 	chain=$PICKED
 	if [[ $chain == none ]]; then
@@ -307,7 +317,7 @@ draw_cell() {
 		pick 24M 20971000
 		size=$PICKED
 	fi
-	CELL="v=$v,cs=$cs,rc=$rc,pre=$pre,chain=$chain,snap=$snap,size=$size"
+	CELL="v=$v,cs=$cs,ext=$ext,rc=$rc,pre=$pre,chain=$chain,snap=$snap,size=$size"
 	pick 0 1
 	CELL+=",init=$PICKED"
 	pick unmap unmap ignore keep

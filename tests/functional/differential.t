@@ -17,6 +17,7 @@ FIXED=(
 	'cs=64k'
 	'cs=64k,jobs=4,hot=512k'
 	'v=2,cs=4k,chain=raw'
+	'cs=64k,ext=1,chain=raw,jobs=4,hot=512k'
 	'cs=512,rc=64,init=1,jobs=4'
 	'cs=4k,rc=1,chain=deep,init=1'
 	'cs=64k,snap=1,jobs=4,hot=1M'
@@ -39,6 +40,10 @@ FIXED=(
 	'cs=4k,chain=short,discard=ignore,jobs=4'
 	'cs=4k,snap=1,io=direct,discard=keep,jobs=4'
 	'cs=1M,size=16M,chain=raw,jobs=4,hot=4M'
+	'cs=16k,ext=1,snap=1,init=1'
+	'cs=2M,ext=1,size=20971000,chain=deep'
+	'cs=64k,ext=1,pre=metadata,jobs=8,discard=keep,hot=1M'
+	'cs=128k,ext=1,chain=zero,snap=1,jobs=4'
 )
 
 need_driver
@@ -49,7 +54,7 @@ if (($#)); then
 	done_testing
 fi
 
-count=32
+count=36
 if [[ ${QCOW_SOAK-} ]]; then
 	count=150
 elif [[ $QUICK ]]; then

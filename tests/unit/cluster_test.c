@@ -19,6 +19,7 @@
 #define SECTOR		512U
 #define BUF_BYTES	SZ_64K
 #define COPIED		QCOW_OFLAG_COPIED
+#define EXTENDED	QCOW_INCOMPAT_EXTENDED_L2
 
 /* Seeds: what the lower layers hold; writes have those from SEED_WRITE on. */
 #define SEED_IMAGE	1
@@ -449,6 +450,108 @@ static void a_zero_cluster_with_a_place_shows_no_old_data(struct kunit *test)
 	guest = guest_create(disk, spec.size, SZ_1M);
 	guest_write(guest, SZ_4K, SZ_4K, SEED_WRITE);
 	guest_ends(guest);
+}
+
+/* ---- subclusters ---------------------------------------------------------- */
+
+#define ALL		((u64)U32_MAX)
+
+struct subcluster_case {
+	const char *name;
+	bool backing;
+	bool mapped;		/* there is a host cluster, of its own */
+	bool shared;		/* or one shared with a snapshot */
+	u64 before;		/* bitmap */
+	bool zero;		/* zeroes, not data, ... */
+	u64 offset;		/* ... are written here */
+	u64 length;
+	u64 after;		/* bitmap */
+};
+
+/* In a cluster of 64 KiB, with subclusters of 2 KiB */
+static const struct subcluster_case subcluster_cases[] = {
+	{ "a new cluster", false, false, false, 0, false, SZ_4K, SZ_4K, 0xc },
+	{ "parts of subclusters", true, false, false, 0, false, SZ_2K + 512,
+	  SZ_2K, 0x6 },
+	{ "a new cluster next to zeroes", true, false, false, ALL << 32, false,
+	  SZ_4K, SZ_4K, (ALL & ~0xcULL) << 32 | 0xc },
+	{ "space that is set aside", true, true, false, 0, false, SZ_4K + 512,
+	  SZ_1K, 0x4 },
+	{ "beside what is allocated", true, true, false, 0x3, false, SZ_4K, SZ_4K,
+	  0xf },
+	{ "across what is allocated", true, true, false, 0x3c, false, SZ_2K + 512,
+	  SZ_16K, 0x3fe },
+	{ "a shared cluster", true, true, true, 0x30, false, SZ_4K, SZ_2K, 0x3c },
+	{ "behind what is shared", true, true, true, 0x3 | 0x30ULL << 32, false,
+	  SZ_16K, SZ_2K, 0x1ff },
+	{ "all of a shared cluster", true, true, true, 0x30, false, 0, SZ_64K, ALL },
+	{ "zeroes", true, true, false, 0xff, true, SZ_4K, SZ_4K,
+	  0xf3 | 0xcULL << 32 },
+	{ "zeroes over parts", true, true, false, 0xff, true, SZ_2K + 512, SZ_4K,
+	  0xfb | 0x4ULL << 32 },
+	{ "zeroes where nothing is", true, false, false, 0, true, SZ_4K, SZ_4K,
+	  0xcULL << 32 },
+	{ "zeroes where zeroes are", false, false, false, 0, true, SZ_4K, SZ_4K, 0 },
+	{ "zeroes in a shared cluster", true, true, true, 0xff, true, SZ_4K, SZ_4K,
+	  0xf3 | 0xcULL << 32 },
+	{ "zeroes over all", true, true, false, 0xff, true, 0, SZ_64K, ALL << 32 },
+};
+
+static void subcluster_desc(const struct subcluster_case *c, char *desc)
+{
+	strscpy(desc, c->name, KUNIT_PARAM_DESC_SIZE);
+}
+
+KUNIT_ARRAY_PARAM(subcluster, subcluster_cases, subcluster_desc);
+
+static void subclusters_are_told_apart(struct kunit *test)
+{
+	const struct subcluster_case *c = test->param_value;
+	struct qcow_test_spec spec = {
+		.size = SZ_1M, .incompatible = EXTENDED,
+	};
+	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
+	struct guest *guest;
+	u64 host = 0;
+
+	if (c->mapped)
+		host = qcow_test_disk_add_data(disk, SZ_64K, SEED_IMAGE) | COPIED;
+	qcow_test_disk_map_sub(disk, SZ_64K, host, c->before);
+	if (c->shared)
+		qcow_test_disk_snapshot(disk);
+	qcow_test_disk_expect_clean(disk);
+	guest = guest_create(disk, spec.size, c->backing ? SZ_1M : 0);
+	if (c->zero)
+		guest_zero(guest, SZ_64K + c->offset, c->length, false);
+	else
+		guest_write(guest, SZ_64K + c->offset, c->length, SEED_WRITE);
+	KUNIT_EXPECT_EQ(test, qcow_test_disk_bitmap(guest_ends(guest), SZ_64K),
+			c->after);
+}
+
+static void subclusters_that_contradict_are_damage(struct kunit *test)
+{
+	struct qcow_test_spec spec = {
+		.size = SZ_1M, .incompatible = EXTENDED,
+	};
+	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
+	struct qcow_test_file *tf;
+	struct qcow_chain *chain;
+	u8 *buf = kunit_kzalloc(test, SECTOR, GFP_KERNEL);
+	u64 host = qcow_test_disk_add_data(disk, 0, SEED_IMAGE);
+
+	KUNIT_ASSERT_NOT_NULL(test, buf);
+	qcow_test_disk_map_sub(disk, 0, host | COPIED, 1ULL << 32 | 1);
+	qcow_test_disk_map_sub(disk, SZ_64K, 0, 2);
+	/* Set aside as a zero cluster is not, with subclusters: no flag. */
+	qcow_test_disk_map_sub(disk, SZ_128K, QCOW_OFLAG_ZERO, 0);
+	tf = qcow_test_file_create(disk);
+	chain = qcow_test_chain(test, qcow_test_image_open(tf, false), NULL,
+				NULL);
+	KUNIT_EXPECT_EQ(test, qcow_chain_read(chain, 0, SECTOR, buf), -EIO);
+	KUNIT_EXPECT_EQ(test, qcow_chain_read(chain, SZ_64K, SECTOR, buf), -EIO);
+	KUNIT_EXPECT_EQ(test, qcow_chain_read(chain, SZ_128K, SECTOR, buf), 0);
+	KUNIT_EXPECT_EQ(test, qcow_test_image_close(test, chain->layers[0]), 0);
 }
 
 /* ---- zeroes and discards -------------------------------------------------- */
@@ -960,6 +1063,7 @@ struct random_case {
 	u64 below;
 	bool snapshot;
 	u32 rounds;
+	u64 incompatible;
 };
 
 static const struct random_case random_cases[] = {
@@ -973,6 +1077,11 @@ static const struct random_case random_cases[] = {
 	{ "4 KiB clusters, version 2, backing", 2, 12, 16, SZ_256K, SZ_128K,
 	  false, 400 },
 	{ "64 KiB clusters, snapshot", 3, 16, 16, SZ_1M, 0, true, 300 },
+	{ "subclusters of 512 B", 3, 14, 16, SZ_256K, 0, false, 400, EXTENDED },
+	{ "subclusters, backing, snapshot", 3, 14, 16, SZ_256K, SZ_128K + 512,
+	  true, 400, EXTENDED },
+	{ "subclusters of 2 KiB, backing", 3, 16, 16, SZ_1M - SECTOR, SZ_1M,
+	  false, 300, EXTENDED },
 };
 
 static void random_desc(const struct random_case *c, char *desc)
@@ -988,6 +1097,7 @@ static struct guest *random_guest(struct kunit *test,
 	struct qcow_test_spec spec = {
 		.version = c->version, .cluster_bits = c->cluster_bits,
 		.refcount_bits = c->refcount_bits, .size = c->size,
+		.incompatible = c->incompatible,
 	};
 	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
 	u64 at;
@@ -1185,6 +1295,8 @@ static struct kunit_case cluster_test_cases[] = {
 	KUNIT_CASE_PARAM(a_snapshot_is_not_written, cluster_size_gen_params),
 	KUNIT_CASE(a_shared_zero_cluster_is_not_written),
 	KUNIT_CASE(a_zero_cluster_with_a_place_shows_no_old_data),
+	KUNIT_CASE_PARAM(subclusters_are_told_apart, subcluster_gen_params),
+	KUNIT_CASE(subclusters_that_contradict_are_damage),
 	KUNIT_CASE_PARAM(zeroes_read_as_zeroes_and_free, zero_gen_params),
 	KUNIT_CASE(ranges_without_a_table_are_cleared),
 	KUNIT_CASE(the_last_part_of_a_cluster_can_be_discarded),

@@ -333,6 +333,39 @@ u64 qcow_test_disk_alloc(struct qcow_test_disk *disk, u64 clusters)
 	return offset;
 }
 
+static bool is_extended(struct qcow_test_disk *disk)
+{
+	return FIELD(disk, version) == 3 &&
+	       FIELD(disk, incompatible_features) & QCOW_INCOMPAT_EXTENDED_L2;
+}
+
+/* log2 of the entries of an L2 table */
+static u32 l2_bits(struct qcow_test_disk *disk)
+{
+	return disk->cluster_bits - (is_extended(disk) ? 4 : 3);
+}
+
+/* Entry @index of the L2 table at @l2, and the bitmap behind it. */
+static u64 load_l2(struct qcow_test_disk *disk, u64 l2, u64 index, u64 *bitmap)
+{
+	*bitmap = 0;
+	if (!is_extended(disk))
+		return load(disk, l2 + 8 * index, 8);
+	*bitmap = load(disk, l2 + 16 * index + 8, 8);
+	return load(disk, l2 + 16 * index, 8);
+}
+
+static void store_l2(struct qcow_test_disk *disk, u64 l2, u64 index, u64 entry,
+		     u64 bitmap)
+{
+	if (!is_extended(disk)) {
+		store(disk, l2 + 8 * index, 8, entry);
+		return;
+	}
+	store(disk, l2 + 16 * index, 8, entry);
+	store(disk, l2 + 16 * index + 8, 8, bitmap);
+}
+
 /**
  * qcow_test_disk_create() - an empty image, laid out as QEMU does it
  * @test: whose
@@ -348,6 +381,7 @@ struct qcow_test_disk *qcow_test_disk_create(struct kunit *test,
 	u64 clusters = spec->room ?: max(24ULL, (1ULL << 20) >> bits);
 	struct qcow_test_disk *disk = disk_alloc(test, bits, clusters << bits);
 	u64 l1_size, l1, i;
+	u32 reach;
 
 	SET(disk, magic, QCOW_MAGIC);
 	SET(disk, version, spec->version ?: 3);
@@ -366,7 +400,8 @@ struct qcow_test_disk *qcow_test_disk_create(struct kunit *test,
 	for (i = 0; i < 1 + reftable; i++)
 		qcow_test_disk_set_refcount(disk, i, 1);
 
-	l1_size = (spec->size + (1ULL << (2 * bits - 3)) - 1) >> (2 * bits - 3);
+	reach = bits + l2_bits(disk);
+	l1_size = (spec->size + (1ULL << reach) - 1) >> reach;
 	l1 = qcow_test_disk_alloc(disk, max(1ULL, (l1_size * 8 +
 						   (1ULL << bits) - 1) >> bits));
 	SET(disk, l1_size, l1_size);
@@ -376,18 +411,17 @@ struct qcow_test_disk *qcow_test_disk_create(struct kunit *test,
 
 static u64 l1_slot(struct qcow_test_disk *disk, u64 guest_offset)
 {
-	u64 index = guest_offset >> (2 * disk->cluster_bits - 3);
+	u64 index = guest_offset >> (disk->cluster_bits + l2_bits(disk));
 
 	KUNIT_ASSERT_LT(disk->test, index, FIELD(disk, l1_size));
 	return FIELD(disk, l1_table_offset) + 8 * index;
 }
 
-/* Where the L2 entry of a guest offset is, in a table. */
-static u64 l2_slot(struct qcow_test_disk *disk, u64 l2, u64 guest_offset)
+/* Which entry of its L2 table a guest offset has. */
+static u64 l2_index(struct qcow_test_disk *disk, u64 guest_offset)
 {
-	u64 index = guest_offset >> disk->cluster_bits;
-
-	return l2 + 8 * (index & ((1ULL << (disk->cluster_bits - 3)) - 1));
+	return guest_offset >> disk->cluster_bits &
+	       ((1ULL << l2_bits(disk)) - 1);
 }
 
 /**
@@ -412,6 +446,15 @@ void qcow_test_disk_set_l1_entry(struct qcow_test_disk *disk, u64 guest_offset,
 	store(disk, l1_slot(disk, guest_offset), 8, entry);
 }
 
+static u64 disk_entry(struct qcow_test_disk *disk, u64 guest_offset, u64 *bitmap)
+{
+	u64 l2 = qcow_test_disk_l1_entry(disk, guest_offset) &
+		 QCOW_L1_OFFSET_MASK;
+
+	*bitmap = 0;
+	return l2 ? load_l2(disk, l2, l2_index(disk, guest_offset), bitmap) : 0;
+}
+
 /**
  * qcow_test_disk_entry() - the L2 entry that maps a guest offset
  * @disk: the image
@@ -421,10 +464,24 @@ void qcow_test_disk_set_l1_entry(struct qcow_test_disk *disk, u64 guest_offset,
  */
 u64 qcow_test_disk_entry(struct qcow_test_disk *disk, u64 guest_offset)
 {
-	u64 l2 = qcow_test_disk_l1_entry(disk, guest_offset) &
-		 QCOW_L1_OFFSET_MASK;
+	u64 bitmap;
 
-	return l2 ? load(disk, l2_slot(disk, l2, guest_offset), 8) : 0;
+	return disk_entry(disk, guest_offset, &bitmap);
+}
+
+/**
+ * qcow_test_disk_bitmap() - the subclusters of a guest offset's cluster
+ * @disk: the image
+ * @guest_offset: bytes
+ *
+ * Return: the bitmap as on disk; 0 without an L2 table or extended L2 entries.
+ */
+u64 qcow_test_disk_bitmap(struct qcow_test_disk *disk, u64 guest_offset)
+{
+	u64 bitmap;
+
+	disk_entry(disk, guest_offset, &bitmap);
+	return bitmap;
 }
 
 /**
@@ -433,9 +490,22 @@ u64 qcow_test_disk_entry(struct qcow_test_disk *disk, u64 guest_offset)
  * @guest_offset: bytes
  * @entry: as on disk
  *
- * Makes the L2 table if there is none.
+ * Makes the L2 table if there is none. No subcluster is allocated.
  */
 void qcow_test_disk_map(struct qcow_test_disk *disk, u64 guest_offset, u64 entry)
+{
+	qcow_test_disk_map_sub(disk, guest_offset, entry, 0);
+}
+
+/**
+ * qcow_test_disk_map_sub() - the same, with a bitmap of subclusters
+ * @disk: the image
+ * @guest_offset: bytes
+ * @entry: as on disk
+ * @bitmap: as on disk; ignored without extended L2 entries
+ */
+void qcow_test_disk_map_sub(struct qcow_test_disk *disk, u64 guest_offset,
+			    u64 entry, u64 bitmap)
 {
 	u64 l2 = qcow_test_disk_l1_entry(disk, guest_offset) &
 		 QCOW_L1_OFFSET_MASK;
@@ -445,7 +515,7 @@ void qcow_test_disk_map(struct qcow_test_disk *disk, u64 guest_offset, u64 entry
 		qcow_test_disk_set_l1_entry(disk, guest_offset,
 					    l2 | QCOW_OFLAG_COPIED);
 	}
-	store(disk, l2_slot(disk, l2, guest_offset), 8, entry);
+	store_l2(disk, l2, l2_index(disk, guest_offset), entry, bitmap);
 }
 
 /**
@@ -466,7 +536,8 @@ u64 qcow_test_disk_add_data(struct qcow_test_disk *disk, u64 guest_offset,
 	host = qcow_test_disk_alloc(disk, 1);
 	qcow_test_fill(disk->bytes + host, guest_offset, cluster_size(disk),
 		       seed);
-	qcow_test_disk_map(disk, guest_offset, host | QCOW_OFLAG_COPIED);
+	qcow_test_disk_map_sub(disk, guest_offset, host | QCOW_OFLAG_COPIED,
+			       U32_MAX);
 	return host;
 }
 
@@ -487,8 +558,7 @@ static void add_reference(struct qcow_test_disk *disk, u64 offset)
 void qcow_test_disk_snapshot(struct qcow_test_disk *disk)
 {
 	u64 l1 = FIELD(disk, l1_table_offset), l1_size = FIELD(disk, l1_size);
-	u64 entries = 1ULL << (disk->cluster_bits - 3);
-	u64 copy, table, i, j, l2, entry;
+	u64 copy, table, i, j, l2, entry, bitmap;
 
 	copy = qcow_test_disk_alloc(disk, (l1_size * 8 + cluster_size(disk) - 1)
 				    >> disk->cluster_bits);
@@ -501,9 +571,10 @@ void qcow_test_disk_snapshot(struct qcow_test_disk *disk)
 		if (!l2)
 			continue;
 		add_reference(disk, l2);
-		for (j = 0; j < entries; j++) {
-			entry = load(disk, l2 + 8 * j, 8) & ~QCOW_OFLAG_COPIED;
-			store(disk, l2 + 8 * j, 8, entry);
+		for (j = 0; j < 1ULL << l2_bits(disk); j++) {
+			entry = load_l2(disk, l2, j, &bitmap) &
+				~QCOW_OFLAG_COPIED;
+			store_l2(disk, l2, j, entry, bitmap);
 			if (entry & QCOW_L2_OFFSET_MASK)
 				add_reference(disk, entry & QCOW_L2_OFFSET_MASK);
 		}
@@ -579,10 +650,16 @@ static void refer_compressed(struct check *check, u64 entry)
 		refer(check, cluster << bits, "compressed cluster");
 }
 
-static void refer_entry(struct check *check, u64 entry, bool active)
+static void refer_entry(struct check *check, u64 entry, u64 bitmap, bool active)
 {
 	struct qcow_test_result *result = check->result;
 	u64 offset = entry & QCOW_L2_OFFSET_MASK;
+
+	if (bitmap >> 32 & bitmap & U32_MAX ||
+	    (bitmap & U32_MAX && !offset) ||
+	    (entry & QCOW_OFLAG_ZERO && is_extended(check->disk)))
+		problem(check, &result->errors, "L2 entry 0x%llx, bitmap 0x%llx",
+			entry, bitmap);
 
 	if (entry & QCOW_OFLAG_COMPRESSED) {
 		refer_compressed(check, entry);
@@ -602,7 +679,7 @@ static void refer_entry(struct check *check, u64 entry, bool active)
 static void refer_l1(struct check *check, u64 l1, u64 l1_size, bool active)
 {
 	struct qcow_test_disk *disk = check->disk;
-	u64 i, j, entry, l2;
+	u64 i, j, entry, bitmap, l2;
 
 	refer_range(check, l1, l1_size * 8, "L1 table");
 	for (i = 0; i < l1_size; i++) {
@@ -613,8 +690,10 @@ static void refer_l1(struct check *check, u64 l1, u64 l1_size, bool active)
 		l2 = entry & QCOW_L1_OFFSET_MASK;
 		if (!l2 || !refer(check, l2, "L2 table"))
 			continue;
-		for (j = 0; j < cluster_size(disk) / 8; j++)
-			refer_entry(check, load(disk, l2 + 8 * j, 8), active);
+		for (j = 0; j < 1ULL << l2_bits(disk); j++) {
+			entry = load_l2(disk, l2, j, &bitmap);
+			refer_entry(check, entry, bitmap, active);
+		}
 	}
 }
 
@@ -640,14 +719,15 @@ static void check_all_copied(struct check *check)
 {
 	struct qcow_test_disk *disk = check->disk;
 	u64 l1 = FIELD(disk, l1_table_offset), l1_size = FIELD(disk, l1_size);
-	u64 i, j, entry, l2;
+	u64 i, j, entry, bitmap, l2;
 
 	for (i = 0; i < l1_size; i++) {
 		entry = load(disk, l1 + 8 * i, 8);
 		l2 = entry & QCOW_L1_OFFSET_MASK;
 		check_copied(check, entry, "L2 table");
-		for (j = 0; l2 && j < cluster_size(disk) / 8; j++)
-			check_copied(check, load(disk, l2 + 8 * j, 8), "data");
+		for (j = 0; l2 && j < 1ULL << l2_bits(disk); j++)
+			check_copied(check, load_l2(disk, l2, j, &bitmap),
+				     "data");
 	}
 }
 
@@ -765,10 +845,19 @@ void qcow_test_disk_expect_clean(struct qcow_test_disk *disk)
 bool qcow_test_disk_read(struct qcow_test_disk *disk, u64 guest_offset,
 			 u8 *sector)
 {
-	u64 entry = qcow_test_disk_entry(disk, guest_offset);
+	u64 bitmap, entry = disk_entry(disk, guest_offset, &bitmap);
 	u64 host = entry & QCOW_L2_OFFSET_MASK;
+	u32 sub;
 
 	memset(sector, 0, SECTOR);
+	if (is_extended(disk)) {
+		sub = (guest_offset & (cluster_size(disk) - 1)) >>
+		      (disk->cluster_bits - 5);
+		if (bitmap & BIT_ULL(32 + sub))
+			return true;
+		if (!(bitmap & BIT_ULL(sub)))
+			return false;
+	}
 	if (entry & QCOW_OFLAG_ZERO)
 		return true;
 	if (!host)

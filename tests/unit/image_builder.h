@@ -99,8 +99,11 @@ u64 qcow_test_disk_l1_entry(struct qcow_test_disk *disk, u64 guest_offset);
 void qcow_test_disk_set_l1_entry(struct qcow_test_disk *disk, u64 guest_offset,
 				 u64 entry);
 u64 qcow_test_disk_entry(struct qcow_test_disk *disk, u64 guest_offset);
+u64 qcow_test_disk_bitmap(struct qcow_test_disk *disk, u64 guest_offset);
 void qcow_test_disk_map(struct qcow_test_disk *disk, u64 guest_offset,
 			u64 entry);
+void qcow_test_disk_map_sub(struct qcow_test_disk *disk, u64 guest_offset,
+			    u64 entry, u64 bitmap);
 u64 qcow_test_disk_add_data(struct qcow_test_disk *disk, u64 guest_offset,
 			    u32 seed);
 void qcow_test_disk_snapshot(struct qcow_test_disk *disk);

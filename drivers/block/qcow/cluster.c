@@ -90,8 +90,9 @@ static int qcow_l2_fill(struct qcow_image *image, u64 to, u64 from)
 {
 	u32 cluster_size = qcow_cluster_size(image);
 	u32 block_size = qcow_block_size(image);
-	__be64 *entries = image->table_scratch;
+	struct qcow_l2_entry entry;
 	struct qcow_block *block;
+	__be64 *words;
 	u32 pos, i;
 	int err;
 
@@ -101,12 +102,17 @@ static int qcow_l2_fill(struct qcow_image *image, u64 to, u64 from)
 		block = qcow_block_get(image, from + pos);
 		if (IS_ERR(block))
 			return PTR_ERR(block);
-		for (i = 0; i < block_size / sizeof(__be64); i++)
-			entries[i] = cpu_to_be64(qcow_entry_load(image, block, i) &
-						 ~QCOW_OFLAG_COPIED);
+		words = image->table_scratch;
+		for (i = 0; i < qcow_l2_per_block(image); i++) {
+			entry = qcow_l2_load(image, block, i);
+			entry.descriptor &= ~QCOW_OFLAG_COPIED;
+			*words++ = cpu_to_be64(entry.descriptor);
+			if (image->subclusters > 1)
+				*words++ = cpu_to_be64(entry.bitmap);
+		}
 		qcow_block_put(block);
-		err = qcow_file_write(&image->file, entries, block_size,
-				      to + pos);
+		err = qcow_file_write(&image->file, image->table_scratch,
+				      block_size, to + pos);
 		if (err)
 			return err;
 	}
@@ -217,52 +223,52 @@ static struct qcow_block *qcow_l2_for_write(struct qcow_image *image,
 /* How a write treats a cluster. */
 enum qcow_write_kind {
 	QCOW_WRITE_IN_PLACE,	/* data of its own: just overwrite */
-	QCOW_WRITE_REUSE,	/* preallocated and zero: fill and link again */
+	QCOW_WRITE_REUSE,	/* a cluster of its own: fill and link again */
 	QCOW_WRITE_NEW,		/* take a new cluster */
 };
 
-static int qcow_write_classify(struct qcow_image *image, u64 entry,
+static int qcow_write_classify(struct qcow_image *image,
+			       struct qcow_write *write, unsigned int n,
 			       u64 guest_offset, enum qcow_write_kind *kind,
-			       u64 *host_offset)
+			       struct qcow_l2_state *state)
 {
-	enum qcow_extent_type type;
 	int err;
 
-	err = qcow_l2_classify(image, entry, guest_offset, &type, host_offset);
+	err = qcow_l2_classify(image, qcow_l2_load(image, write->l2,
+						   write->index + n),
+			       guest_offset, state);
 	if (err)
 		return err;
-	if (!(entry & QCOW_OFLAG_COPIED) || !*host_offset)
+	if (!state->exclusive || !state->mapped)
 		*kind = QCOW_WRITE_NEW;
 	else
-		*kind = type == QCOW_EXTENT_DATA ? QCOW_WRITE_IN_PLACE :
-						   QCOW_WRITE_REUSE;
+		*kind = state->type == QCOW_EXTENT_DATA ? QCOW_WRITE_IN_PLACE :
+							  QCOW_WRITE_REUSE;
 	return 0;
 }
 
 /* How many clusters from the first one on can be treated like it. */
 static int qcow_write_run(struct qcow_image *image, struct qcow_write *write,
-			  enum qcow_write_kind *kind, unsigned int max)
+			  u64 guest_offset, enum qcow_write_kind *kind,
+			  unsigned int max)
 {
-	u64 guest_offset = write->range.first << image->cluster_bits;
+	struct qcow_l2_state first, next;
 	enum qcow_write_kind next_kind;
-	u64 host_offset;
 	unsigned int n;
-	u64 entry;
 	int err;
 
-	entry = qcow_entry_load(image, write->l2, write->index);
-	err = qcow_write_classify(image, entry, guest_offset, kind,
-				  &write->host_offset);
+	err = qcow_write_classify(image, write, 0, guest_offset, kind, &first);
 	if (err)
 		return err;
+	write->host_offset = first.host_offset;
+	guest_offset = write->range.first << image->cluster_bits;
 	for (n = 1; n < max; n++) {
 		guest_offset += qcow_cluster_size(image);
-		entry = qcow_entry_load(image, write->l2, write->index + n);
-		err = qcow_write_classify(image, entry, guest_offset,
-					  &next_kind, &host_offset);
+		err = qcow_write_classify(image, write, n, guest_offset,
+					  &next_kind, &next);
 		if (err || next_kind != *kind)
 			break;
-		if (*kind == QCOW_WRITE_REUSE && host_offset !=
+		if (*kind == QCOW_WRITE_REUSE && next.host_offset !=
 		    write->host_offset + ((u64)n << image->cluster_bits))
 			break;
 	}
@@ -277,10 +283,87 @@ static int qcow_write_run(struct qcow_image *image, struct qcow_write *write,
 	return 0;
 }
 
-/* The host cluster that an entry refers to, 0 if none. */
-static u64 qcow_entry_cluster(struct qcow_image *image, u64 entry)
+/*
+ * Which subclusters of cluster @n of a write are allocated with it: those from
+ * *@first to *@last, which has the ones that the guest writes, *@first and *@last
+ * before. Where the cluster is new, that takes in all that the old one has.
+ * Those that are allocated already, in a cluster that is reused, are written by
+ * others meanwhile: what is around the guest's data there is left alone.
+ */
+static int qcow_write_span(struct qcow_image *image, struct qcow_write *write,
+			   unsigned int n, unsigned int *first,
+			   unsigned int *last, u32 *allocated)
 {
-	return (entry & QCOW_L2_OFFSET_MASK) >> image->cluster_bits;
+	u64 guest_offset = (write->range.first + n) << image->cluster_bits;
+	struct qcow_l2_state state;
+	int err;
+
+	err = qcow_l2_classify(image, qcow_l2_load(image, write->l2,
+						   write->index + n),
+			       guest_offset, &state);
+	if (err)
+		return err;
+	*allocated = write->fresh ? 0 : state.allocated;
+	if (write->fresh && state.allocated) {
+		*first = min_t(u32, *first, __ffs(state.allocated));
+		*last = max_t(u32, *last, __fls(state.allocated));
+	}
+	return 0;
+}
+
+/*
+ * Find what has to stand before and behind the guest's data, from
+ * @guest_offset to @end, in the subclusters where it begins and ends.
+ */
+static int qcow_write_surround(struct qcow_image *image,
+			       struct qcow_write *write, u64 guest_offset,
+			       u64 end, u32 *head, u32 *tail)
+{
+	u64 base = write->range.first << image->cluster_bits;
+	u64 last_base = base + ((u64)(write->count - 1) << image->cluster_bits);
+	unsigned int sub = qcow_subcluster(image, guest_offset);
+	unsigned int end_sub = qcow_subcluster(image, end - 1);
+	unsigned int other;
+	u32 allocated;
+	int err;
+
+	write->first_sub = sub;
+	other = write->count == 1 ? end_sub : image->subclusters - 1;
+	err = qcow_write_span(image, write, 0, &write->first_sub, &other,
+			      &allocated);
+	if (err)
+		return err;
+	*head = allocated & BIT(sub) ? 0 : guest_offset - base -
+		(write->first_sub << image->subcluster_bits);
+
+	write->last_sub = end_sub;
+	other = write->count == 1 ? sub : 0;
+	err = qcow_write_span(image, write, write->count - 1, &other,
+			      &write->last_sub, &allocated);
+	if (err)
+		return err;
+	*tail = allocated & BIT(end_sub) ? 0 : last_base +
+		((write->last_sub + 1) << image->subcluster_bits) - end;
+	return 0;
+}
+
+/* The entry of cluster @n of a write that is complete. */
+static struct qcow_l2_entry qcow_write_entry(struct qcow_image *image,
+					     const struct qcow_write *write,
+					     unsigned int n)
+{
+	unsigned int first = n ? 0 : write->first_sub;
+	unsigned int last = n + 1 < write->count ? image->subclusters - 1 :
+						   write->last_sub;
+	u64 mask = GENMASK_ULL(last, first);
+	struct qcow_l2_entry entry;
+
+	entry = qcow_l2_load(image, write->l2, write->index + n);
+	entry.descriptor = (write->host_offset +
+			    ((u64)n << image->cluster_bits)) | QCOW_OFLAG_COPIED;
+	if (image->subclusters > 1)
+		entry.bitmap = (entry.bitmap | mask) & ~(mask << 32);
+	return entry;
 }
 
 /*
@@ -307,6 +390,18 @@ static void qcow_frees_add(struct qcow_image *image, struct list_head *frees,
 	free->count = 1;
 	free->punch = punch;
 	list_add_tail(&free->node, frees);
+}
+
+/* Add what an entry refers to, if it does. */
+static void qcow_frees_add_entry(struct qcow_image *image,
+				 struct list_head *frees,
+				 struct qcow_l2_entry entry, bool punch)
+{
+	u64 host_offset = entry.descriptor & QCOW_L2_OFFSET_MASK;
+
+	if (host_offset)
+		qcow_frees_add(image, frees, host_offset >> image->cluster_bits,
+			       punch);
 }
 
 static void qcow_frees_discard(struct qcow_image *image,
@@ -409,11 +504,10 @@ static int qcow_write_allocate(struct qcow_image *image,
 		write->abort->punch = false;
 	}
 	for (i = 0; i < got; i++) {
-		u64 entry = qcow_entry_load(image, write->l2, write->index + i);
+		struct qcow_l2_entry entry = qcow_l2_load(image, write->l2,
+							  write->index + i);
 
-		if (entry & QCOW_L2_OFFSET_MASK)
-			qcow_frees_add(image, &write->frees,
-				       qcow_entry_cluster(image, entry), false);
+		qcow_frees_add_entry(image, &write->frees, entry, false);
 	}
 	return 0;
 }
@@ -439,12 +533,13 @@ int qcow_write_begin(struct qcow_chain *chain, u64 guest_offset, u64 length,
 		     struct qcow_write *write)
 {
 	struct qcow_image *image = chain->layers[0];
-	u32 per_block = qcow_block_size(image) / sizeof(__be64);
+	u32 per_block = qcow_l2_per_block(image);
 	u64 first = guest_offset >> image->cluster_bits;
 	u64 last = (guest_offset + length - 1) >> image->cluster_bits;
 	enum qcow_write_kind kind;
 	bool zeroed = false;
-	u64 end, tail;
+	u32 head, tail;
+	u64 end, host;
 	int err;
 
 	err = qcow_image_error(image);
@@ -464,7 +559,8 @@ int qcow_write_begin(struct qcow_chain *chain, u64 guest_offset, u64 length,
 		qcow_range_unlock(image, &write->range);
 		return err;
 	}
-	err = qcow_write_run(image, write, &kind, last - first + 1);
+	err = qcow_write_run(image, write, guest_offset, &kind,
+			     last - first + 1);
 	if (!err && kind == QCOW_WRITE_IN_PLACE)
 		err = 1;
 	if (!err && kind == QCOW_WRITE_NEW)
@@ -473,18 +569,19 @@ int qcow_write_begin(struct qcow_chain *chain, u64 guest_offset, u64 length,
 		goto out_end;
 
 	qcow_range_shrink(image, &write->range, first + write->count - 1);
-	end = (first + write->count) << image->cluster_bits;
+	end = min(guest_offset + length,
+		  (first + write->count) << image->cluster_bits);
 	write->data_offset = guest_offset & (qcow_cluster_size(image) - 1);
-	write->length = min(length, end - guest_offset);
-	tail = end - guest_offset - write->length;
+	write->length = end - guest_offset;
+	err = qcow_write_surround(image, write, guest_offset, end, &head, &tail);
+	if (err)
+		goto out_end;
 
-	err = qcow_fill_prepare(chain, guest_offset - write->data_offset,
-				write->data_offset, write->host_offset, zeroed,
-				&write->head);
-	if (!err)
-		err = qcow_fill_prepare(chain, end - tail, tail,
-					write->host_offset + write->data_offset +
-					write->length, zeroed, &write->tail);
+	host = write->host_offset + write->data_offset;
+	err = qcow_fill_prepare(chain, guest_offset - head, head, host - head,
+				zeroed, &write->head) ?:
+	      qcow_fill_prepare(chain, end, tail, host + write->length, zeroed,
+				&write->tail);
 	if (!err)
 		return 0;
 out_end:
@@ -502,17 +599,14 @@ out_end:
 void qcow_write_end(struct qcow_write *write, int error)
 {
 	struct qcow_image *image = write->image;
-	__be64 *entries = write->l2->data;
 	unsigned long flags;
 	unsigned int i;
 
 	spin_lock_irqsave(&image->lock, flags);
 	if (!error) {
 		for (i = 0; i < write->count; i++)
-			WRITE_ONCE(entries[write->index + i],
-				   cpu_to_be64((write->host_offset +
-						((u64)i << image->cluster_bits)) |
-					       QCOW_OFLAG_COPIED));
+			qcow_l2_store_locked(image, write->l2, write->index + i,
+					     qcow_write_entry(image, write, i));
 		qcow_block_dirty_locked(write->l2);
 		qcow_frees_queue_locked(image, &write->frees);
 	} else if (write->fresh && write->abort) {
@@ -605,26 +699,40 @@ enum qcow_clear_mode {
 	QCOW_CLEAR_PUNCH,	/* empty the host clusters, but keep them */
 };
 
+/* An entry that reads as zeroes, with a host cluster or without. */
+static struct qcow_l2_entry qcow_zero_entry(struct qcow_image *image,
+					    u64 descriptor)
+{
+	struct qcow_l2_entry entry = { .descriptor = descriptor };
+
+	if (image->subclusters > 1)
+		entry.bitmap = GENMASK_ULL(63, 32);
+	else if (image->header.version >= 3)
+		entry.descriptor |= QCOW_OFLAG_ZERO;
+	return entry;
+}
+
 /*
  * The entry that replaces @entry; @entry itself if nothing is to be done. With
- * *@freed set, the cluster of @entry loses a reference.
+ * *@freed set, what @entry refers to loses a reference.
  */
-static u64 qcow_clear_entry(struct qcow_chain *chain, u64 entry,
-			    enum qcow_clear_mode mode, bool *freed)
+static struct qcow_l2_entry qcow_clear_entry(struct qcow_chain *chain,
+					     struct qcow_l2_entry entry,
+					     enum qcow_clear_mode mode,
+					     bool *freed)
 {
 	struct qcow_image *image = chain->layers[0];
-	u64 zero = image->header.version >= 3 ? QCOW_OFLAG_ZERO : 0;
 
 	*freed = false;
-	if (!(entry & QCOW_L2_OFFSET_MASK)) {
+	if (!(entry.descriptor & QCOW_L2_OFFSET_MASK)) {
 		/* Only a zero flag hides what the layers below have. */
-		return chain->depth > 1 ? zero : entry;
+		return chain->depth > 1 ? qcow_zero_entry(image, 0) : entry;
 	}
 	if (mode == QCOW_CLEAR_ZERO ||
-	    (mode == QCOW_CLEAR_PUNCH && entry & QCOW_OFLAG_COPIED))
-		return entry | zero;
+	    (mode == QCOW_CLEAR_PUNCH && entry.descriptor & QCOW_OFLAG_COPIED))
+		return qcow_zero_entry(image, entry.descriptor);
 	*freed = true;
-	return zero;
+	return qcow_zero_entry(image, 0);
 }
 
 /* Empty the host clusters of entries that keep them. Their range is locked. */
@@ -635,10 +743,10 @@ static void qcow_punch_entries(struct qcow_image *image,
 	unsigned int i;
 
 	for (i = index; i < index + count && !image->no_punch; i++) {
-		u64 entry = qcow_entry_load(image, block, i);
-		u64 host_offset = entry & QCOW_L2_OFFSET_MASK;
+		u64 descriptor = qcow_l2_load(image, block, i).descriptor;
+		u64 host_offset = descriptor & QCOW_L2_OFFSET_MASK;
 
-		if (!(entry & QCOW_OFLAG_COPIED) || !host_offset)
+		if (!(descriptor & QCOW_OFLAG_COPIED) || !host_offset)
 			continue;
 		if (qcow_file_punch(&image->file, host_offset,
 				    qcow_cluster_size(image)) == -EOPNOTSUPP)
@@ -653,15 +761,15 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 	struct qcow_image *image = chain->layers[0];
 	u64 guest_offset = first << image->cluster_bits;
 	unsigned int count = last - first + 1;
-	enum qcow_extent_type type;
+	struct qcow_l2_entry entry, new;
+	struct qcow_l2_state state;
 	struct qcow_range range;
 	struct qcow_block *block;
 	unsigned int index, i;
-	u64 l1_entry, entry, new, host;
 	bool freed, changes = false, kept = false;
 	unsigned long flags;
 	LIST_HEAD(frees);
-	__be64 *entries;
+	u64 l1_entry;
 	int err;
 
 	qcow_commit_throttle(image);
@@ -686,18 +794,17 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 
 	/* First see what is to be done and get what it needs, ... */
 	for (i = 0; i < count; i++) {
-		entry = qcow_entry_load(image, block, index + i);
+		entry = qcow_l2_load(image, block, index + i);
 		err = qcow_l2_classify(image, entry, guest_offset +
-				       ((u64)i << image->cluster_bits), &type,
-				       &host);
+				       ((u64)i << image->cluster_bits), &state);
 		if (err)
 			break;
 		new = qcow_clear_entry(chain, entry, mode, &freed);
-		changes |= new != entry;
-		kept |= type == QCOW_EXTENT_DATA && !freed;
+		changes |= new.descriptor != entry.descriptor ||
+			   new.bitmap != entry.bitmap;
+		kept |= state.allocated && !freed;
 		if (freed)
-			qcow_frees_add(image, &frees,
-				       qcow_entry_cluster(image, entry), true);
+			qcow_frees_add_entry(image, &frees, entry, true);
 	}
 	if (err) {
 		qcow_frees_discard(image, &frees);
@@ -705,12 +812,11 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 	}
 	/* ... then do it. Nobody else changes these entries meanwhile. */
 	if (changes) {
-		entries = block->data;
 		spin_lock_irqsave(&image->lock, flags);
 		for (i = 0; i < count; i++) {
-			entry = be64_to_cpu(entries[index + i]);
+			entry = qcow_l2_load(image, block, index + i);
 			new = qcow_clear_entry(chain, entry, mode, &freed);
-			WRITE_ONCE(entries[index + i], cpu_to_be64(new));
+			qcow_l2_store_locked(image, block, index + i, new);
 		}
 		qcow_block_dirty_locked(block);
 		qcow_frees_queue_locked(image, &frees);
@@ -737,7 +843,7 @@ static int qcow_clear_clusters(struct qcow_chain *chain, u64 first, u64 end,
 			       enum qcow_clear_mode mode)
 {
 	struct qcow_image *image = chain->layers[0];
-	u32 per_block = qcow_block_size(image) / sizeof(__be64);
+	u32 per_block = qcow_l2_per_block(image);
 	u64 last;
 	int err;
 
@@ -764,6 +870,69 @@ static void qcow_whole_clusters(const struct qcow_image *image,
 	if (stop == image->size)
 		stop += mask;
 	*end = max(stop >> image->cluster_bits, *first);
+}
+
+/* Have subclusters of one cluster read as zeroes; they keep their place. */
+static int qcow_zero_subclusters(struct qcow_chain *chain, u64 guest_offset,
+				 u64 length)
+{
+	u64 cluster = guest_offset >> chain->layers[0]->cluster_bits;
+	struct qcow_image *image = chain->layers[0];
+	u64 mask = GENMASK_ULL(qcow_subcluster(image, guest_offset + length - 1),
+			       qcow_subcluster(image, guest_offset));
+	struct qcow_l2_entry entry;
+	struct qcow_l2_state state;
+	struct qcow_range range;
+	struct qcow_block *block;
+	unsigned int index;
+	int err;
+
+	/* No reason to make tables. */
+	if (qcow_chain_is_zero(chain, 0, guest_offset, length, &err) || err)
+		return err;
+	qcow_commit_throttle(image);
+	qcow_range_lock(image, &range, cluster, cluster);
+	block = qcow_l2_for_write(image, guest_offset, &index);
+	if (IS_ERR(block)) {
+		err = PTR_ERR(block);
+		goto out_unlock;
+	}
+	entry = qcow_l2_load(image, block, index);
+	err = qcow_l2_classify(image, entry, guest_offset, &state);
+	if (err)
+		goto out_put;
+	entry.bitmap = (entry.bitmap & ~mask) | mask << 32;
+	spin_lock_irq(&image->lock);
+	qcow_l2_store_locked(image, block, index, entry);
+	qcow_block_dirty_locked(block);
+	spin_unlock_irq(&image->lock);
+	/* As for clusters that are kept: see qcow_clear_block(). */
+	if (state.allocated & mask)
+		synchronize_srcu_expedited(&image->epoch);
+out_put:
+	qcow_block_unprepare(block);
+	qcow_block_put(block);
+out_unlock:
+	qcow_range_unlock(image, &range);
+	return err;
+}
+
+/* Zero a part of one cluster, as data where there are no flags for it. */
+static int qcow_zero_part(struct qcow_chain *chain, u64 guest_offset, u64 length)
+{
+	struct qcow_image *image = chain->layers[0];
+	u64 sub = 1ULL << image->subcluster_bits;
+	u64 stop = guest_offset + length;
+	u64 from = round_up(guest_offset, sub);
+	u64 to = stop == image->size ? round_up(stop, sub) :
+				       round_down(stop, sub);
+	int err;
+
+	if (image->subclusters == 1 || from >= to)
+		return qcow_zero_data(chain, guest_offset, length);
+	err = qcow_zero_data(chain, guest_offset, from - guest_offset) ?:
+	      qcow_zero_subclusters(chain, from, min(to, stop) - from);
+	return err || to >= stop ? err : qcow_zero_data(chain, to, stop - to);
 }
 
 /**
@@ -793,14 +962,12 @@ int qcow_write_zeroes(struct qcow_chain *chain, u64 guest_offset, u64 length,
 		return qcow_zero_data(chain, guest_offset, length);
 
 	qcow_whole_clusters(image, guest_offset, length, &first, &end);
-	if (first == end)
-		return qcow_zero_data(chain, guest_offset, length);
-	from = first << image->cluster_bits;
+	from = min(first << image->cluster_bits, stop);
 	to = min(end << image->cluster_bits, stop);
-	err = qcow_zero_data(chain, guest_offset, from - guest_offset) ?:
+	err = qcow_zero_part(chain, guest_offset, from - guest_offset) ?:
 	      qcow_clear_clusters(chain, first, end, unmap ?
 				  QCOW_CLEAR_UNMAP : QCOW_CLEAR_ZERO);
-	return err ?: qcow_zero_data(chain, to, stop - to);
+	return err ?: qcow_zero_part(chain, to, stop - to);
 }
 
 /**

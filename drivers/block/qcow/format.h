@@ -109,11 +109,19 @@ struct qcow_disk_feature {
 #define QCOW_L1_OFFSET_MASK		0x00fffffffffffe00ULL
 #define QCOW_L1_RESERVED_MASK		0x7f000000000001ffULL
 
-/* L2 table entries (standard, 64 bits) */
+/*
+ * L2 table entries: a descriptor of 64 bits, which in images with extended L2
+ * entries a bitmap of 64 bits follows. Its bit x says that subcluster x is
+ * allocated, and bit 32 + x that it reads as zeroes.
+ */
 #define QCOW_L2_OFFSET_MASK		0x00fffffffffffe00ULL
 #define QCOW_L2_RESERVED_MASK		0x3f000000000001feULL
 
-/* Both: the cluster's refcount is exactly one, it may be written in place. */
+#define QCOW_SUBCLUSTERS		32U
+/* Subclusters are not smaller than a sector. */
+#define QCOW_EXTENDED_MIN_CLUSTER_BITS	14
+
+/* L1 and L2: the cluster's refcount is exactly one, it may be written in place. */
 #define QCOW_OFLAG_COPIED		BIT_ULL(63)
 #define QCOW_OFLAG_COMPRESSED		BIT_ULL(62)
 #define QCOW_OFLAG_ZERO			BIT_ULL(0)

@@ -30,9 +30,6 @@
 	 QCOW_INCOMPAT_DATA_FILE | QCOW_INCOMPAT_COMPRESSION |		\
 	 QCOW_INCOMPAT_EXTENDED_L2)
 
-/* Extended L2 entries have 32 subclusters, none smaller than a sector. */
-#define QCOW_EXTENDED_L2_MIN_CLUSTER_BITS	14
-
 #define QCOW_MAX_BITMAPS			65535U
 #define QCOW_MAX_BITMAP_DIRECTORY_BYTES		(65535ULL * 1024)
 
@@ -294,8 +291,6 @@ static int check_supported_features(const struct qcow_header *header,
 		return refuse_feature(msg, "an external data file");
 	if (header->incompatible & QCOW_INCOMPAT_COMPRESSION)
 		return refuse_feature(msg, "zstd compression");
-	if (header->incompatible & QCOW_INCOMPAT_EXTENDED_L2)
-		return refuse_feature(msg, "extended L2 entries (subclusters)");
 	return 0;
 }
 
@@ -454,8 +449,8 @@ static int check_tables(const struct qcow_header *header, u32 cluster_size,
 /* The L1 table may be larger than the disk needs (VM state), never smaller. */
 static int check_size(const struct qcow_header *header, struct qcow_message *msg)
 {
-	/* One L1 entry maps the cluster size times cluster size / 8 entries. */
-	u32 shift = header->cluster_bits + header->cluster_bits - 3;
+	/* One L1 entry maps as many clusters as an L2 table has entries. */
+	u32 shift = header->cluster_bits + header->l2_bits;
 	u64 needed = header->size >> shift;
 
 	if (header->size & ((1ULL << shift) - 1))
@@ -595,6 +590,7 @@ static void decode_header(const struct qcow_disk_header *disk,
 	header->backing_offset = be64_to_cpu(disk->backing_file_offset);
 	header->backing_size = be32_to_cpu(disk->backing_file_size);
 	header->cluster_bits = be32_to_cpu(disk->cluster_bits);
+	header->l2_bits = header->cluster_bits - 3;
 	header->size = be64_to_cpu(disk->size);
 	header->crypt_method = be32_to_cpu(disk->crypt_method);
 	header->l1_size = be32_to_cpu(disk->l1_size);
@@ -612,6 +608,8 @@ static void decode_header(const struct qcow_disk_header *disk,
 	}
 
 	header->incompatible = be64_to_cpu(disk->incompatible_features);
+	if (header->incompatible & QCOW_INCOMPAT_EXTENDED_L2)
+		header->l2_bits--;
 	header->compatible = be64_to_cpu(disk->compatible_features);
 	header->autoclear = be64_to_cpu(disk->autoclear_features);
 	header->refcount_order = be32_to_cpu(disk->refcount_order);
@@ -653,11 +651,11 @@ static int check_header(const void *buf, u32 cluster_size, bool writable,
 		return -EUCLEAN;
 	}
 	if ((header->incompatible & QCOW_INCOMPAT_EXTENDED_L2) &&
-	    header->cluster_bits < QCOW_EXTENDED_L2_MIN_CLUSTER_BITS) {
+	    header->cluster_bits < QCOW_EXTENDED_MIN_CLUSTER_BITS) {
 		qcow_message_set(msg,
 				 "cluster_bits is %u; expected at least %u with extended L2 entries",
 				 header->cluster_bits,
-				 QCOW_EXTENDED_L2_MIN_CLUSTER_BITS);
+				 QCOW_EXTENDED_MIN_CLUSTER_BITS);
 		return -EINVAL;
 	}
 	ret = check_supported_features(header, msg);

@@ -26,6 +26,7 @@ void qcow_message_set(struct qcow_message *msg, const char *fmt, ...);
  * struct qcow_header - the header in the CPU's own terms
  * @version: 2 or 3
  * @cluster_bits: log2 of the cluster size
+ * @l2_bits: log2 of the entries of an L2 table
  * @refcount_order: log2 of the width of a refcount in bits
  * @compression_type: QCOW_COMPRESSION_*
  * @crypt_method: QCOW_CRYPT_*
@@ -47,6 +48,7 @@ void qcow_message_set(struct qcow_message *msg, const char *fmt, ...);
 struct qcow_header {
 	u32 version;
 	u32 cluster_bits;
+	u32 l2_bits;
 	u32 refcount_order;
 	u32 compression_type;
 	u32 crypt_method;

@@ -170,7 +170,11 @@ static int qcow_open_qcow2(struct qcow_image *image, struct qcow_message *msg)
 		return err;
 	image->cluster_bits = header->cluster_bits;
 	image->block_bits = min_t(u32, header->cluster_bits, QCOW_BLOCK_BITS);
-	image->l2_bits = header->cluster_bits - 3;
+	image->l2_bits = header->l2_bits;
+	image->subclusters = 1;
+	if (header->incompatible & QCOW_INCOMPAT_EXTENDED_L2)
+		image->subclusters = QCOW_SUBCLUSTERS;
+	image->subcluster_bits = header->cluster_bits - ilog2(image->subclusters);
 	image->refcount_order = header->refcount_order;
 	image->refblock_bits = header->cluster_bits + 3 - header->refcount_order;
 	image->reftable_offset = header->refcount_table_offset;

@@ -13,7 +13,7 @@
 #include "trace.h"
 
 /**
- * qcow_entry_load - an entry of a table
+ * qcow_entry_load - an entry of an L1 or a refcount table
  * @image: whose
  * @block: the cached block
  * @index: of the entry in @block
@@ -33,6 +33,80 @@ u64 qcow_entry_load(struct qcow_image *image, struct qcow_block *block,
 	value = be64_to_cpu(entries[index]);
 	spin_unlock_irqrestore(&image->lock, flags);
 	return value;
+}
+
+/* An L2 entry is loaded and stored in one piece. */
+static bool qcow_l2_is_word(const struct qcow_image *image)
+{
+	return sizeof(long) == sizeof(u64) && image->subclusters == 1;
+}
+
+static void qcow_l2_get(const struct qcow_image *image, const __be64 *words,
+			unsigned int index, struct qcow_l2_entry *entry)
+{
+	if (image->subclusters == 1) {
+		entry->descriptor = be64_to_cpu(words[index]);
+		entry->bitmap = 0;
+	} else {
+		entry->descriptor = be64_to_cpu(words[2 * index]);
+		entry->bitmap = be64_to_cpu(words[2 * index + 1]);
+	}
+}
+
+/**
+ * qcow_l2_load - an entry of an L2 table
+ * @image: whose
+ * @block: the cached block
+ * @index: of the entry in @block
+ *
+ * Return: the entry as it was at one instant.
+ */
+struct qcow_l2_entry qcow_l2_load(struct qcow_image *image,
+				  struct qcow_block *block, unsigned int index)
+{
+	const __be64 *words = block->data;
+	struct qcow_l2_entry entry;
+	unsigned int seq;
+
+	if (qcow_l2_is_word(image)) {
+		entry.descriptor = be64_to_cpu(READ_ONCE(words[index]));
+		entry.bitmap = 0;
+		return entry;
+	}
+	do {
+		seq = read_seqcount_begin(&block->seq);
+		qcow_l2_get(image, words, index, &entry);
+	} while (read_seqcount_retry(&block->seq, seq));
+	return entry;
+}
+
+/**
+ * qcow_l2_store_locked - change an entry of an L2 table
+ * @image: whose
+ * @block: the cached block, prepared
+ * @index: of the entry in @block
+ * @entry: the new value
+ *
+ * Context: image->lock is held, and interrupts are off.
+ */
+void qcow_l2_store_locked(struct qcow_image *image, struct qcow_block *block,
+			  unsigned int index, struct qcow_l2_entry entry)
+{
+	__be64 *words = block->data;
+
+	lockdep_assert_held(&image->lock);
+	if (qcow_l2_is_word(image)) {
+		WRITE_ONCE(words[index], cpu_to_be64(entry.descriptor));
+		return;
+	}
+	write_seqcount_begin(&block->seq);
+	if (image->subclusters == 1) {
+		words[index] = cpu_to_be64(entry.descriptor);
+	} else {
+		words[2 * index] = cpu_to_be64(entry.descriptor);
+		words[2 * index + 1] = cpu_to_be64(entry.bitmap);
+	}
+	write_seqcount_end(&block->seq);
 }
 
 static u64 qcow_l1_index(const struct qcow_image *image, u64 guest_offset)
@@ -106,49 +180,77 @@ int qcow_l1_entry(struct qcow_image *image, u64 guest_offset, u64 *entry)
 struct qcow_block *qcow_l2_block(struct qcow_image *image, u64 l1_entry,
 				 u64 guest_offset, unsigned int *index)
 {
-	u64 entry = guest_offset >> image->cluster_bits &
+	u32 entry = guest_offset >> image->cluster_bits &
 		    ((1U << image->l2_bits) - 1);
-	u32 mask = qcow_block_size(image) - 1;
+	unsigned int per_block = qcow_l2_per_block(image);
 
-	*index = (entry * sizeof(__be64) & mask) / sizeof(__be64);
+	*index = entry & (per_block - 1);
 	return qcow_block_get(image, (l1_entry & QCOW_L1_OFFSET_MASK) +
-			      (entry * sizeof(__be64) & ~(u64)mask));
+			      ((entry / per_block) << image->block_bits));
+}
+
+/* How many of the lowest bits of @bits are set. */
+static unsigned int qcow_low_bits(u32 bits)
+{
+	return bits == U32_MAX ? 32 : __ffs(~bits);
 }
 
 /**
  * qcow_l2_classify - check an L2 entry and tell what it says
  * @image: a qcow2 image
  * @entry: the entry
- * @guest_offset: for messages
- * @type: out
- * @host_offset: out: of the cluster; 0 if there is none. A zero cluster may
- *	have one (it is preallocated, and its content is not to be seen).
+ * @guest_offset: bytes, in the cluster that it is for
+ * @state: out
  *
  * Return: 0; -EIO if the entry cannot be right; -EOPNOTSUPP for a compressed
  * cluster.
  */
-int qcow_l2_classify(struct qcow_image *image, u64 entry, u64 guest_offset,
-		     enum qcow_extent_type *type, u64 *host_offset)
+int qcow_l2_classify(struct qcow_image *image, struct qcow_l2_entry entry,
+		     u64 guest_offset, struct qcow_l2_state *state)
 {
+	u32 allocated = lower_32_bits(entry.bitmap);
+	u32 zero = upper_32_bits(entry.bitmap);
 	u32 mask = qcow_cluster_size(image) - 1;
+	unsigned int sub, run;
+	u32 same;
 
-	if (entry & QCOW_OFLAG_COMPRESSED) {
+	if (entry.descriptor & QCOW_OFLAG_COMPRESSED) {
 		pr_warn_ratelimited("qcow: %pD: the cluster at guest offset 0x%llx is compressed, which this driver does not support yet\n",
 				    image->file.file, guest_offset);
 		return -EOPNOTSUPP;
 	}
-	*host_offset = entry & QCOW_L2_OFFSET_MASK;
-	if (entry & QCOW_L2_RESERVED_MASK || *host_offset & mask ||
-	    (entry & QCOW_OFLAG_ZERO && image->header.version < 3)) {
-		qcow_image_corrupt(image, "L2 entry for guest offset 0x%llx is 0x%llx, which is not valid",
-				   guest_offset, entry);
+	state->host_offset = entry.descriptor & QCOW_L2_OFFSET_MASK;
+	state->mapped = state->host_offset;
+	state->exclusive = entry.descriptor & QCOW_OFLAG_COPIED;
+	/* The flag of a cluster means nothing, where each subcluster has one. */
+	if (image->subclusters == 1) {
+		zero = entry.descriptor & QCOW_OFLAG_ZERO;
+		allocated = state->mapped && !zero;
+	}
+	if (entry.descriptor & QCOW_L2_RESERVED_MASK ||
+	    state->host_offset & mask || allocated & zero ||
+	    (allocated && !state->mapped) ||
+	    (zero && image->header.version < 3)) {
+		qcow_image_corrupt(image, "L2 entry for guest offset 0x%llx is 0x%llx 0x%llx, which is not valid",
+				   guest_offset, entry.descriptor, entry.bitmap);
 		return -EIO;
 	}
-	if (entry & QCOW_OFLAG_ZERO)
-		*type = QCOW_EXTENT_ZERO;
-	else
-		*type = *host_offset ? QCOW_EXTENT_DATA :
-				       QCOW_EXTENT_UNALLOCATED;
+
+	sub = qcow_subcluster(image, guest_offset);
+	if (allocated & BIT(sub)) {
+		state->type = QCOW_EXTENT_DATA;
+		same = allocated;
+	} else if (zero & BIT(sub)) {
+		state->type = QCOW_EXTENT_ZERO;
+		same = zero;
+	} else {
+		state->type = QCOW_EXTENT_UNALLOCATED;
+		same = ~(allocated | zero);
+	}
+	state->allocated = allocated;
+	run = min(qcow_low_bits(same >> sub), image->subclusters - sub);
+	state->length = ((sub + run) << image->subcluster_bits) -
+			(guest_offset & mask);
 	return 0;
 }
 
@@ -157,36 +259,35 @@ static int qcow_map_block(struct qcow_image *image, struct qcow_block *block,
 			  unsigned int index, u64 guest_offset, u64 length,
 			  struct qcow_extent *extent)
 {
-	unsigned int per_block = qcow_block_size(image) / sizeof(__be64);
-	u64 in_cluster = guest_offset & (qcow_cluster_size(image) - 1);
-	enum qcow_extent_type type;
-	u64 host_offset, entry;
+	u32 mask = qcow_cluster_size(image) - 1;
+	u64 in_cluster = guest_offset & mask;
+	struct qcow_l2_state first, next;
 	int err;
 
-	entry = qcow_entry_load(image, block, index);
-	err = qcow_l2_classify(image, entry, guest_offset, &extent->type,
-			       &extent->host_offset);
+	err = qcow_l2_classify(image, qcow_l2_load(image, block, index),
+			       guest_offset, &first);
 	if (err)
 		return err;
-	extent->in_place = extent->type == QCOW_EXTENT_DATA &&
-			   entry & QCOW_OFLAG_COPIED;
-	extent->length = qcow_cluster_size(image) - in_cluster;
+	extent->type = first.type;
+	extent->host_offset = first.host_offset;
+	extent->in_place = first.type == QCOW_EXTENT_DATA && first.exclusive;
+	extent->length = first.length;
 
-	while (extent->length < length && ++index < per_block) {
-		u64 next = qcow_entry_load(image, block, index);
-
-		err = qcow_l2_classify(image, next,
-				       guest_offset + extent->length, &type,
-				       &host_offset);
+	/* On to the next cluster, if all of this one is of the same type. */
+	while (extent->length < length &&
+	       !((guest_offset + extent->length) & mask) &&
+	       ++index < qcow_l2_per_block(image)) {
+		err = qcow_l2_classify(image, qcow_l2_load(image, block, index),
+				       guest_offset + extent->length, &next);
 		/* What is wrong there is for those who want to know. */
-		if (err || type != extent->type)
+		if (err || next.type != first.type)
 			break;
-		if (type == QCOW_EXTENT_DATA &&
-		    (host_offset != extent->host_offset + in_cluster +
-				    extent->length ||
-		     (next ^ entry) & QCOW_OFLAG_COPIED))
+		if (next.type == QCOW_EXTENT_DATA &&
+		    (next.host_offset != first.host_offset + in_cluster +
+					 extent->length ||
+		     next.exclusive != first.exclusive))
 			break;
-		extent->length += qcow_cluster_size(image);
+		extent->length += next.length;
 	}
 	if (extent->type == QCOW_EXTENT_DATA) {
 		extent->host_offset += in_cluster;

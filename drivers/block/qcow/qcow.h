@@ -40,6 +40,7 @@
 #include <linux/percpu.h>
 #include <linux/refcount.h>
 #include <linux/sched.h>
+#include <linux/seqlock.h>
 #include <linux/spinlock.h>
 #include <linux/srcu.h>
 #include <linux/uio.h>
@@ -212,6 +213,8 @@ enum {
  * @kind: known from the first change on, image->lock
  * @dirty_node: in image->dirty[@kind], guarded by image->lock
  * @writing_node: in the list of the commit that writes it
+ * @seq: for who reads entries of L2 tables without a lock; written under
+ *	image->lock
  * @lru: in cache->blocks, guarded by cache->lock
  * @rcu: look-ups take no lock
  */
@@ -230,6 +233,7 @@ struct qcow_block {
 	enum qcow_block_kind kind;
 	struct list_head dirty_node;
 	struct list_head writing_node;
+	seqcount_t seq;
 	struct list_head lru;
 	struct rcu_head rcu;
 };
@@ -291,6 +295,8 @@ struct qcow_image {
 	u64 size;			/* bytes a guest sees, a multiple of 512 */
 	u32 cluster_bits;
 	u32 l2_bits;			/* log2 of the entries of an L2 table */
+	u32 subclusters;		/* of a cluster; 1 without extended L2 */
+	u32 subcluster_bits;		/* log2 of the bytes of one */
 	u32 block_bits;			/* log2 of the bytes of a cached block */
 	struct qcow_cache *cache;
 	struct xarray blocks;		/* by host offset >> block_bits */
@@ -495,15 +501,63 @@ struct qcow_extent {
 	u64 length;
 };
 
+/**
+ * struct qcow_l2_entry - an entry of an L2 table
+ * @descriptor: QCOW_OFLAG_* and a host offset
+ * @bitmap: of the subclusters, where entries are extended; otherwise 0
+ */
+struct qcow_l2_entry {
+	u64 descriptor;
+	u64 bitmap;
+};
+
+/**
+ * struct qcow_l2_state - what an L2 entry says of a guest offset
+ * @type: of the subcluster with that offset
+ * @mapped: the guest cluster has a host cluster, allocated or set aside
+ * @exclusive: that may be written in place, nobody else has it
+ * @host_offset: of that cluster, bytes; 0 if there is none
+ * @allocated: a bit for each subcluster that is DATA
+ * @length: bytes from the guest offset on that are of @type, in this cluster
+ *
+ * Without extended L2 entries a cluster is one subcluster.
+ */
+struct qcow_l2_state {
+	enum qcow_extent_type type;
+	bool mapped;
+	bool exclusive;
+	u64 host_offset;
+	u32 allocated;
+	u32 length;
+};
+
+/* How many L2 entries a cached block has. */
+static inline unsigned int qcow_l2_per_block(const struct qcow_image *image)
+{
+	return qcow_block_size(image) >> (image->cluster_bits - image->l2_bits);
+}
+
+/* Which subcluster of its cluster has a guest offset. */
+static inline unsigned int qcow_subcluster(const struct qcow_image *image,
+					   u64 guest_offset)
+{
+	return (guest_offset & (qcow_cluster_size(image) - 1)) >>
+	       image->subcluster_bits;
+}
+
 u64 qcow_entry_load(struct qcow_image *image, struct qcow_block *block,
 		    unsigned int index);
+struct qcow_l2_entry qcow_l2_load(struct qcow_image *image,
+				  struct qcow_block *block, unsigned int index);
+void qcow_l2_store_locked(struct qcow_image *image, struct qcow_block *block,
+			  unsigned int index, struct qcow_l2_entry entry);
 struct qcow_block *qcow_l1_block(struct qcow_image *image, u64 guest_offset,
 				 unsigned int *index);
 int qcow_l1_entry(struct qcow_image *image, u64 guest_offset, u64 *entry);
 struct qcow_block *qcow_l2_block(struct qcow_image *image, u64 l1_entry,
 				 u64 guest_offset, unsigned int *index);
-int qcow_l2_classify(struct qcow_image *image, u64 entry, u64 guest_offset,
-		     enum qcow_extent_type *type, u64 *host_offset);
+int qcow_l2_classify(struct qcow_image *image, struct qcow_l2_entry entry,
+		     u64 guest_offset, struct qcow_l2_state *state);
 bool qcow_chain_is_zero(struct qcow_chain *chain, unsigned int first,
 			u64 guest_offset, u64 length, int *error);
 int qcow_map_layer(struct qcow_image *image, u64 guest_offset, u64 length,
@@ -535,6 +589,8 @@ struct qcow_fill {
  * @l2: the block with their entries, prepared
  * @index: of the first entry in @l2
  * @count: how many clusters
+ * @first_sub: the first subcluster of the first one that is allocated with this
+ * @last_sub: the last one, of the last cluster
  * @host_offset: of the first cluster; the others follow
  * @data_offset: where in the clusters the guest's data begins, bytes
  * @length: of the guest's data, bytes
@@ -550,6 +606,8 @@ struct qcow_write {
 	struct qcow_block *l2;
 	unsigned int index;
 	unsigned int count;
+	unsigned int first_sub;
+	unsigned int last_sub;
 	u64 host_offset;
 	u32 data_offset;
 	u64 length;

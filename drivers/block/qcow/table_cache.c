@@ -319,6 +319,7 @@ struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset)
 	block->kind = QCOW_BLOCK_KINDS;
 	INIT_LIST_HEAD(&block->dirty_node);
 	INIT_LIST_HEAD(&block->writing_node);
+	seqcount_init(&block->seq);
 	INIT_LIST_HEAD(&block->lru);
 	/* One pin for the cache, one for us. */
 	refcount_set(&block->pins, 2);
