@@ -93,7 +93,6 @@ refused "65537 snapshots" 60 00010001 64 0000000000070000
 refused "snapshot table not aligned" 60 00000001 64 0000000000070200
 refused "incompatible bit 2, external data file" 72 0000000000000004
 refused "incompatible bit 3, without the compression type" 72 0000000000000008
-refused "incompatible bit 4, extended L2 entries" 72 0000000000000010
 refused "incompatible bit 5" 72 0000000000000020
 refused "incompatible bit 63" 72 8000000000000000
 refused "refcount order 7" 96 00000007
@@ -132,7 +131,6 @@ by_name() {
 		like "$1 is refused by name" "$(<"$WORK/.err")" "$2"
 	fi
 }
-by_name "extended L2" '[Ee]xtended.L2|[Ss]ubcluster' extended_l2=on
 by_name "zstd compression" '[Cc]ompression|zstd' compression_type=zstd
 by_name "an external data file" '[Dd]ata.file' data_file=data.raw
 qemu-img create -q --object secret,id=s,data=abc -f qcow2 \

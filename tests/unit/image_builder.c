@@ -1355,6 +1355,10 @@ static struct qcow_image *image_open(struct qcow_test_file *tf, u32 format,
 				     bool writable, u64 cache_limit)
 {
 	struct file *file = qcow_test_file_open(tf, writable);
+	struct qcow_image_source source = {
+		.file = file, .format = format, .io_mode = QCOW_IO_BUFFERED,
+		.writable = writable,
+	};
 	struct qcow_cache *cache = qcow_cache_create(cache_limit);
 	struct qcow_message msg = {};
 	struct qcow_image *image;
@@ -1363,8 +1367,7 @@ static struct qcow_image *image_open(struct qcow_test_file *tf, u32 format,
 
 	KUNIT_ASSERT_NOT_NULL(tf->test, cache);
 	do {
-		ret = qcow_image_open(file, format, writable, QCOW_IO_BUFFERED,
-				      cache, &image, &msg);
+		ret = qcow_image_open(&source, cache, &image, &msg);
 		/* What a kernel thread closes, a worker closes a bit later. */
 		if (ret == -ETXTBSY)
 			msleep(20);
@@ -1428,13 +1431,16 @@ int qcow_test_try_open(struct qcow_test_file *tf, bool writable,
 		       struct qcow_message *msg)
 {
 	struct file *file = qcow_test_file_open(tf, writable);
+	struct qcow_image_source source = {
+		.file = file, .format = QCOW_FORMAT_QCOW2,
+		.io_mode = QCOW_IO_BUFFERED, .writable = writable,
+	};
 	struct qcow_cache *cache = qcow_cache_create(0);
 	struct qcow_image *image;
 	int ret;
 
 	KUNIT_ASSERT_NOT_NULL(tf->test, cache);
-	ret = qcow_image_open(file, QCOW_FORMAT_QCOW2, writable,
-			      QCOW_IO_BUFFERED, cache, &image, msg);
+	ret = qcow_image_open(&source, cache, &image, msg);
 	fput(file);
 	qcow_cache_put(cache);
 	if (!ret)

@@ -155,6 +155,12 @@ static int qcow_l2_make(struct qcow_image *image, u64 guest_offset)
 	new = cluster << image->cluster_bits;
 	old &= QCOW_L1_OFFSET_MASK;
 	err = qcow_l2_fill(image, new, old);
+	if (!err) {
+		qcow_overlap_add(image, QCOW_METADATA_L2, new,
+				 qcow_cluster_size(image));
+		if (old)
+			qcow_overlap_remove(image, old, qcow_cluster_size(image));
+	}
 
 	spin_lock_irqsave(&image->lock, flags);
 	if (!err) {
@@ -209,6 +215,10 @@ static struct qcow_block *qcow_l2_for_write(struct qcow_image *image,
 				   guest_offset, entry & QCOW_L1_OFFSET_MASK);
 		return ERR_PTR(-EIO);
 	}
+	err = qcow_overlap_expect(image, QCOW_METADATA_L2,
+				  entry & QCOW_L1_OFFSET_MASK);
+	if (err)
+		return ERR_PTR(err);
 	block = qcow_l2_block(image, entry, guest_offset, index);
 	if (IS_ERR(block))
 		return block;
@@ -273,14 +283,10 @@ static int qcow_write_run(struct qcow_image *image, struct qcow_write *write,
 			break;
 	}
 	write->count = n;
-	if (*kind == QCOW_WRITE_REUSE &&
-	    !qcow_image_has(image, write->host_offset,
-			    (u64)n << image->cluster_bits)) {
-		qcow_image_corrupt(image, "guest cluster %llu is mapped to host offset 0x%llx, behind the end of the file",
-				   write->range.first, write->host_offset);
-		return -EIO;
-	}
-	return 0;
+	if (*kind != QCOW_WRITE_REUSE)
+		return 0;
+	return qcow_overlap_check_data(image, write->host_offset,
+				       (u64)n << image->cluster_bits);
 }
 
 /*
@@ -399,7 +405,7 @@ static void qcow_frees_add_entry(struct qcow_image *image,
 {
 	u64 host_offset = entry.descriptor & QCOW_L2_OFFSET_MASK;
 
-	if (host_offset)
+	if (host_offset && !qcow_is_external(image))
 		qcow_frees_add(image, frees, host_offset >> image->cluster_bits,
 			       punch);
 }
@@ -446,7 +452,8 @@ static int qcow_fill_prepare(struct qcow_chain *chain, u64 guest_offset,
 	if (err || (zero && zeroed))
 		return err;
 	if (zero && length > QCOW_MERGE_FILL)
-		return qcow_file_write_zeroes(&image->file, length, host_offset);
+		return qcow_file_write_zeroes(qcow_data_file(image), length,
+					      host_offset);
 	if (zero) {
 		fill->length = length;
 		return 0;
@@ -472,7 +479,8 @@ static int qcow_fill_prepare(struct qcow_chain *chain, u64 guest_offset,
 
 		step = min(step, length);
 		err = qcow_chain_read(chain, guest_offset, step, copy) ?:
-		      qcow_file_write(&image->file, copy, step, host_offset);
+		      qcow_file_write(qcow_data_file(image), copy, step,
+				      host_offset);
 		guest_offset += step;
 		host_offset += step;
 		length -= step;
@@ -491,6 +499,11 @@ static int qcow_write_allocate(struct qcow_image *image,
 	unsigned int i;
 	int err;
 
+	if (qcow_is_external(image)) {
+		write->fresh = true;
+		write->host_offset = write->range.first << image->cluster_bits;
+		return 0;
+	}
 	write->abort = qcow_free_alloc(image);
 	err = qcow_alloc_clusters(image, write->count, &cluster, &got, zeroed);
 	if (err)
@@ -630,7 +643,7 @@ void qcow_write_end(struct qcow_write *write, int error)
  * qcow_fill_write - write a head or tail by itself
  * @image: the top layer
  * @fill: from qcow_write_begin()
- * @host_offset: where, bytes
+ * @host_offset: where in the data file, bytes
  *
  * Return: 0 or an errno.
  */
@@ -640,14 +653,29 @@ int qcow_fill_write(struct qcow_image *image, const struct qcow_fill *fill,
 	if (!fill->length)
 		return 0;
 	if (!fill->copy)
-		return qcow_file_write_zeroes(&image->file, fill->length,
-					      host_offset);
-	return qcow_file_write(&image->file, fill->copy, fill->length,
+		return qcow_file_write_zeroes(qcow_data_file(image),
+					      fill->length, host_offset);
+	return qcow_file_write(qcow_data_file(image), fill->copy, fill->length,
 			       host_offset);
 }
 
+/* Zero a part of the data file that is mapped; give its space back if @punch. */
+static int qcow_zero_in_place(struct qcow_image *image, u64 host_offset,
+			      u64 length, bool punch)
+{
+	int err = qcow_overlap_check_data(image, host_offset, length);
+
+	if (err)
+		return err;
+	if (punch &&
+	    !qcow_file_punch(qcow_data_file(image), host_offset, length))
+		return 0;
+	return qcow_file_write_zeroes(qcow_data_file(image), length, host_offset);
+}
+
 /* Write zeroes as data, where the zero flag cannot say it. */
-static int qcow_zero_data(struct qcow_chain *chain, u64 guest_offset, u64 length)
+static int qcow_zero_data(struct qcow_chain *chain, u64 guest_offset,
+			  u64 length, bool punch)
 {
 	struct qcow_image *image = chain->layers[0];
 	struct qcow_extent extent;
@@ -659,9 +687,8 @@ static int qcow_zero_data(struct qcow_chain *chain, u64 guest_offset, u64 length
 		epoch = qcow_image_enter(image);
 		err = qcow_map(chain, 0, guest_offset, length, &extent);
 		if (!err && extent.in_place && extent.image == image)
-			err = qcow_file_write_zeroes(&image->file,
-						     extent.length,
-						     extent.host_offset);
+			err = qcow_zero_in_place(image, extent.host_offset,
+						 extent.length, punch);
 		qcow_image_exit(image, epoch);
 		if (err)
 			return err;
@@ -676,8 +703,8 @@ static int qcow_zero_data(struct qcow_chain *chain, u64 guest_offset, u64 length
 			host = write.host_offset + write.data_offset;
 			err = qcow_fill_write(image, &write.head,
 					      host - write.head.length) ?:
-			      qcow_file_write_zeroes(&image->file, write.length,
-						     host) ?:
+			      qcow_file_write_zeroes(qcow_data_file(image),
+						     write.length, host) ?:
 			      qcow_fill_write(image, &write.tail,
 					      host + write.length);
 			extent.length = write.length;
@@ -724,7 +751,8 @@ static struct qcow_l2_entry qcow_clear_entry(struct qcow_chain *chain,
 	struct qcow_image *image = chain->layers[0];
 
 	*freed = false;
-	if (!(entry.descriptor & QCOW_L2_OFFSET_MASK)) {
+	if (!(entry.descriptor & QCOW_L2_OFFSET_MASK) &&
+	    !(qcow_is_external(image) && entry.descriptor & QCOW_OFLAG_COPIED)) {
 		/* Only a zero flag hides what the layers below have. */
 		return chain->depth > 1 ? qcow_zero_entry(image, 0) : entry;
 	}
@@ -736,22 +764,28 @@ static struct qcow_l2_entry qcow_clear_entry(struct qcow_chain *chain,
 }
 
 /* Empty the host clusters of entries that keep them. Their range is locked. */
-static void qcow_punch_entries(struct qcow_image *image,
+static int qcow_punch_entries(struct qcow_image *image,
 			       struct qcow_block *block, unsigned int index,
 			       unsigned int count)
 {
 	unsigned int i;
 
-	for (i = index; i < index + count && !image->no_punch; i++) {
+	for (i = index; i < index + count; i++) {
 		u64 descriptor = qcow_l2_load(image, block, i).descriptor;
 		u64 host_offset = descriptor & QCOW_L2_OFFSET_MASK;
+		int err;
 
 		if (!(descriptor & QCOW_OFLAG_COPIED) || !host_offset)
 			continue;
+		err = qcow_overlap_check_data(image, host_offset,
+					      qcow_cluster_size(image));
+		if (err)
+			return err;
 		if (qcow_file_punch(&image->file, host_offset,
 				    qcow_cluster_size(image)) == -EOPNOTSUPP)
-			image->no_punch = true;
+			break;
 	}
+	return 0;
 }
 
 /* Clear clusters whose entries are in one block of an L2 table. */
@@ -802,7 +836,7 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 		new = qcow_clear_entry(chain, entry, mode, &freed);
 		changes |= new.descriptor != entry.descriptor ||
 			   new.bitmap != entry.bitmap;
-		kept |= state.allocated && !freed;
+		kept |= state.allocated && (!freed || qcow_is_external(image));
 		if (freed)
 			qcow_frees_add_entry(image, &frees, entry, true);
 	}
@@ -829,8 +863,11 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 	 */
 	if (kept)
 		synchronize_srcu_expedited(&image->epoch);
-	if (mode == QCOW_CLEAR_PUNCH)
-		qcow_punch_entries(image, block, index, count);
+	if (qcow_is_external(image) && mode != QCOW_CLEAR_ZERO && changes)
+		qcow_file_punch(&image->data, guest_offset,
+				(u64)count << image->cluster_bits);
+	else if (mode == QCOW_CLEAR_PUNCH)
+		err = qcow_punch_entries(image, block, index, count);
 out_put:
 	qcow_block_unprepare(block);
 	qcow_block_put(block);
@@ -929,10 +966,11 @@ static int qcow_zero_part(struct qcow_chain *chain, u64 guest_offset, u64 length
 	int err;
 
 	if (image->subclusters == 1 || from >= to)
-		return qcow_zero_data(chain, guest_offset, length);
-	err = qcow_zero_data(chain, guest_offset, from - guest_offset) ?:
+		return qcow_zero_data(chain, guest_offset, length, false);
+	err = qcow_zero_data(chain, guest_offset, from - guest_offset, false) ?:
 	      qcow_zero_subclusters(chain, from, min(to, stop) - from);
-	return err || to >= stop ? err : qcow_zero_data(chain, to, stop - to);
+	return err || to >= stop ? err :
+				   qcow_zero_data(chain, to, stop - to, false);
 }
 
 /**
@@ -957,9 +995,11 @@ int qcow_write_zeroes(struct qcow_chain *chain, u64 guest_offset, u64 length,
 	err = qcow_image_error(image);
 	if (err)
 		return err;
-	/* Version 2 has no zero flag. */
-	if (image->header.version < 3 && (!unmap || chain->depth > 1))
-		return qcow_zero_data(chain, guest_offset, length);
+	/* Version 2 has no zero flag, and who reads raw data would not see it. */
+	if (image->data_raw ||
+	    (image->header.version < 3 && (!unmap || chain->depth > 1)))
+		return qcow_zero_data(chain, guest_offset, length,
+				      unmap && image->data_raw);
 
 	qcow_whole_clusters(image, guest_offset, length, &first, &end);
 	from = min(first << image->cluster_bits, stop);
@@ -991,6 +1031,8 @@ int qcow_discard(struct qcow_chain *chain, u64 guest_offset, u64 length,
 	err = qcow_image_error(image);
 	if (err)
 		return err;
+	if (image->data_raw)
+		return qcow_zero_data(chain, guest_offset, length, true);
 	/* Without a zero flag the content of the backing file would appear. */
 	if (image->header.version < 3 && chain->depth > 1)
 		return 0;

@@ -179,10 +179,18 @@ static void qcow_end_list(struct list_head *list, bool durable)
 	}
 }
 
-static int qcow_barrier(struct qcow_image *image)
+/*
+ * Data in an external file is durable before any entry that leads to it: entries
+ * are written after the first barrier of their commit.
+ */
+static int qcow_barrier(struct qcow_image *image, bool data, bool metadata)
 {
-	int err = qcow_file_sync(&image->file);
+	int err = 0;
 
+	if (data)
+		err = qcow_file_sync(qcow_data_file(image));
+	if (!err && metadata && (!data || qcow_is_external(image)))
+		err = qcow_file_sync(&image->file);
 	if (err)
 		qcow_image_fail(image, "flush failed with error %d", err);
 	return err;
@@ -216,14 +224,15 @@ static int qcow_commit_group(struct qcow_image *image)
 
 	err = qcow_write_list(image, &counts, QCOW_BLOCK_COUNT);
 	if (!err && !list_empty(&links)) {
-		err = qcow_barrier(image);
+		err = qcow_barrier(image, true, true);
 		if (!err) {
 			step = 2;
 			err = qcow_write_list(image, &links, QCOW_BLOCK_LINK);
 		}
 	}
 	if (!err)
-		err = qcow_barrier(image);
+		err = qcow_barrier(image, step == 1, step == 2 ||
+				   !list_empty(&counts));
 	qcow_end_list(&counts, !err);
 	qcow_end_list(&links, !err);
 
@@ -336,6 +345,11 @@ static int qcow_reclaim_run(struct qcow_image *image, struct qcow_free *free)
 	u64 cluster, next, count;
 	int err;
 
+	/* Tables that are freed are not known as tables any more. */
+	err = qcow_overlap_check(image, first << image->cluster_bits,
+				 free->count << image->cluster_bits);
+	if (err)
+		return err;
 	while (first < end) {
 		err = qcow_refcount_get(image, first, &count);
 		if (err)
@@ -356,14 +370,8 @@ static int qcow_reclaim_run(struct qcow_image *image, struct qcow_free *free)
 			err = qcow_cache_drop(image, pos, len);
 			if (err)
 				return err;
-			if (free->punch && !image->no_punch) {
+			if (free->punch)
 				err = qcow_file_punch(&image->file, pos, len);
-				if (err == -EOPNOTSUPP) {
-					image->no_punch = true;
-					pr_info("qcow: %pD: the file cannot punch holes; freed clusters are reused, but their space is not given back\n",
-						image->file.file);
-				}
-			}
 			trace_qcow_free(image, pos, len, err);
 		}
 		for (cluster = first; cluster < next; cluster++) {

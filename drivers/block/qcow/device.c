@@ -148,6 +148,25 @@ static ssize_t image_show(struct device *dev, struct device_attribute *attr,
 }
 static DEVICE_ATTR_RO(image);
 
+static ssize_t damage_show(struct device *dev, struct device_attribute *attr,
+			   char *buf)
+{
+	struct qcow_image *image = qcow_device_of(dev)->chain->layers[0];
+
+	return smp_load_acquire(&image->corrupt) ?
+	       sysfs_emit(buf, "%s\n", image->damage.text) : 0;
+}
+static DEVICE_ATTR_RO(damage);
+
+/* The image is damaged, as was just found: have udev look at the state. */
+static void qcow_device_on_corrupt(void *data)
+{
+	char *env[] = { "QCOW_CORRUPT=1", NULL };
+	struct qcow_device *dev = data;
+
+	kobject_uevent_env(&disk_to_dev(dev->disk)->kobj, KOBJ_CHANGE, env);
+}
+
 #define QCOW_STATUS_ATTR(name, member)					\
 static ssize_t name##_show(struct device *dev,				\
 			   struct device_attribute *attr, char *buf)	\
@@ -181,6 +200,7 @@ QCOW_STATUS_ATTR(cache_misses, cache_misses);
 
 static struct attribute *qcow_attrs[] = {
 	&dev_attr_image.attr,
+	&dev_attr_damage.attr,
 	&dev_attr_format_version.attr,
 	&dev_attr_virtual_size.attr,
 	&dev_attr_cluster_size.attr,
@@ -263,8 +283,11 @@ static void qcow_fput(struct file *file)
 
 static void qcow_device_put_files(struct qcow_device *dev)
 {
-	while (dev->nr_files)
-		qcow_fput(dev->files[--dev->nr_files]);
+	unsigned int i;
+
+	for (i = 0; i < 2 * dev->nr_layers; i++)
+		if (dev->files[i])
+			qcow_fput(dev->files[i]);
 	kvfree(dev->files);
 }
 
@@ -272,20 +295,26 @@ static int qcow_device_get_files(struct qcow_device *dev,
 				 const struct qcow_layer *layers,
 				 unsigned int count, struct qcow_message *msg)
 {
-	dev->files = kvcalloc(count, sizeof(*dev->files), GFP_KERNEL);
+	unsigned int i;
+	int fd;
+
+	dev->files = kvcalloc(count, 2 * sizeof(*dev->files), GFP_KERNEL);
 	if (!dev->files)
 		return -ENOMEM;
-	while (dev->nr_files < count) {
-		struct file *file = fget(layers[dev->nr_files].fd);
+	dev->nr_layers = count;
+	for (i = 0; i < 2 * count; i++) {
+		const struct qcow_layer *layer = &layers[i / 2];
 
-		if (!file) {
+		if (i % 2 && !(layer->flags & QCOW_LAYER_DATA_FILE))
+			continue;
+		fd = i % 2 ? layer->data_fd : layer->fd;
+		dev->files[i] = fget(fd);
+		if (!dev->files[i]) {
 			qcow_message_set(msg, "the descriptor %d of file %u of the chain is not open",
-					 layers[dev->nr_files].fd,
-					 dev->nr_files);
+					 fd, i / 2);
 			qcow_device_put_files(dev);
 			return -EBADF;
 		}
-		dev->files[dev->nr_files++] = file;
 	}
 	return 0;
 }
@@ -307,15 +336,18 @@ static int qcow_device_check_loop(struct qcow_device *dev,
 				  struct qcow_message *msg)
 {
 	struct file **sorted;
+	unsigned int count = 0;
 	unsigned int i;
 	int err = 0;
 
-	sorted = kvmalloc_array(dev->nr_files, sizeof(*sorted), GFP_KERNEL);
+	sorted = kvcalloc(dev->nr_layers, 2 * sizeof(*sorted), GFP_KERNEL);
 	if (!sorted)
 		return -ENOMEM;
-	memcpy(sorted, dev->files, dev->nr_files * sizeof(*sorted));
-	sort(sorted, dev->nr_files, sizeof(*sorted), qcow_compare_files, NULL);
-	for (i = 1; i < dev->nr_files; i++) {
+	for (i = 0; i < 2 * dev->nr_layers; i++)
+		if (dev->files[i])
+			sorted[count++] = dev->files[i];
+	sort(sorted, count, sizeof(*sorted), qcow_compare_files, NULL);
+	for (i = 1; i < count; i++) {
 		if (qcow_compare_files(&sorted[i - 1], &sorted[i]))
 			continue;
 		qcow_message_set(msg, "%pD is in the backing chain twice",
@@ -353,22 +385,28 @@ static int qcow_device_open_chain(struct qcow_device *dev,
 	struct qcow_chain *chain;
 	int err;
 
-	chain = kvzalloc(struct_size(chain, layers, dev->nr_files), GFP_KERNEL);
+	chain = kvzalloc(struct_size(chain, layers, dev->nr_layers), GFP_KERNEL);
 	if (!chain)
 		return -ENOMEM;
 	dev->chain = chain;
-	while (chain->depth < dev->nr_files) {
+	while (chain->depth < dev->nr_layers) {
 		unsigned int i = chain->depth;
 		struct qcow_message reason = {};
+		struct qcow_image_source source = {
+			.file = dev->files[2 * i],
+			.data = dev->files[2 * i + 1],
+			.format = layers[i].format,
+			.io_mode = args->io_mode,
+			.writable = !i && !dev->read_only,
+		};
 
 		err = fatal_signal_pending(current) ? -EINTR :
-			qcow_image_open(dev->files[i], layers[i].format,
-					!i && !dev->read_only, args->io_mode,
-					dev->cache, &chain->layers[i], &reason);
+			qcow_image_open(&source, dev->cache, &chain->layers[i],
+					&reason);
 		if (err) {
 			if (i && reason.text[0])
 				qcow_message_set(msg, "backing file %pD: %s",
-						 dev->files[i], reason.text);
+						 source.file, reason.text);
 			else
 				*msg = reason;
 			qcow_device_close_chain(dev);
@@ -431,7 +469,8 @@ static void qcow_device_limits(const struct qcow_device *dev,
 		.max_segments = QCOW_MAX_SEGMENTS,
 		.max_write_zeroes_sectors = zero ? most : 0,
 		.write_cache = !dev->read_only,
-		.stable_writes = qcow_stable_writes(dev->files[0]),
+		.stable_writes = qcow_stable_writes(dev->files[1] ?:
+						    dev->files[0]),
 	};
 	if (zero && dev->discard != QCOW_DISCARD_IGNORE) {
 		limits->discard_granularity = cluster;
@@ -492,6 +531,7 @@ int qcow_device_attach(const struct qcow_attach *args,
 		       const struct qcow_layer *layers,
 		       struct qcow_message *msg, int *index)
 {
+	struct qcow_image *image;
 	struct qcow_device *dev;
 	int err;
 
@@ -547,6 +587,12 @@ int qcow_device_attach(const struct qcow_attach *args,
 	if (err)
 		goto err_disk;
 	*index = dev->index;
+	/* What is only read may be shared by several devices. */
+	image = dev->chain->layers[0];
+	if (image->writable) {
+		image->on_corrupt_data = dev;
+		smp_store_release(&image->on_corrupt, qcow_device_on_corrupt);
+	}
 	mutex_lock(&qcow_devices_mutex);
 	dev->added = true;
 	mutex_unlock(&qcow_devices_mutex);
@@ -729,7 +775,7 @@ int qcow_device_layer(struct qcow_layer_status *status, char *buf,
 		status->cluster_size = qcow_cluster_size(image);
 	}
 	if (buf) {
-		*path = file_path(dev->files[status->layer], buf,
+		*path = file_path(dev->files[2 * status->layer], buf,
 				  status->path_size);
 		err = PTR_ERR_OR_ZERO(*path);
 	}

@@ -47,8 +47,9 @@ struct qcow_device_stats {
  * @chain: the image and its backing files
  * @cache: of the tables of @chain
  * @files: what userspace passed, held until detach for the locks that belong to
- *	these very files; in the order of @chain
- * @nr_files: how many
+ *	these very files: two for each layer of @chain, in its order; the second
+ *	one is the external data file, or NULL
+ * @nr_layers: half as many
  * @discard: QCOW_DISCARD_*
  * @read_only: the device refuses writes
  * @added: the disk has been added; guarded by qcow_devices_mutex
@@ -69,7 +70,7 @@ struct qcow_device {
 	struct qcow_chain *chain;
 	struct qcow_cache *cache;
 	struct file **files;
-	unsigned int nr_files;
+	unsigned int nr_layers;
 	u32 discard;
 	bool read_only;
 	bool added;

@@ -392,12 +392,24 @@ int qcow_file_sync(struct qcow_file *f)
  * @pos: where, bytes
  * @len: bytes
  *
- * Return: 0 or an errno; -EOPNOTSUPP where there are no holes.
+ * What is punched reads as zeroes.
+ *
+ * Return: 0 or an errno; -EOPNOTSUPP where there are no holes, which is said once.
  */
 int qcow_file_punch(struct qcow_file *f, u64 pos, u64 len)
 {
-	return vfs_fallocate(f->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-			     pos, len);
+	int err;
+
+	if (READ_ONCE(f->no_punch))
+		return -EOPNOTSUPP;
+	err = vfs_fallocate(f->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+			    pos, len);
+	if (err == -EOPNOTSUPP) {
+		WRITE_ONCE(f->no_punch, true);
+		pr_info("qcow: %pD: the file cannot punch holes; freed clusters are reused, but their space is not given back\n",
+			f->file);
+	}
+	return err;
 }
 
 /**

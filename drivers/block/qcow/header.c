@@ -287,10 +287,34 @@ static int refuse_feature(struct qcow_message *msg, const char *feature)
 static int check_supported_features(const struct qcow_header *header,
 				    struct qcow_message *msg)
 {
-	if (header->incompatible & QCOW_INCOMPAT_DATA_FILE)
-		return refuse_feature(msg, "an external data file");
 	if (header->incompatible & QCOW_INCOMPAT_COMPRESSION)
 		return refuse_feature(msg, "zstd compression");
+	return 0;
+}
+
+static int check_data_file(const struct qcow_header *header, bool writable,
+			   struct qcow_message *msg)
+{
+	bool raw = header->autoclear & QCOW_AUTOCLEAR_RAW_DATA_FILE;
+	bool data_file = header->incompatible & QCOW_INCOMPAT_DATA_FILE;
+
+	if (raw && !data_file) {
+		qcow_message_set(msg,
+				 "autoclear feature bit 1 (raw external data) is set without incompatible feature bit 2 (external data file)");
+		return -EINVAL;
+	}
+	if (raw && header->backing_offset && header->backing_size) {
+		qcow_message_set(msg,
+				 "a raw external data file excludes a backing file, but there is one");
+		return -EINVAL;
+	}
+	/* Where each cluster has one place, no two versions have one. */
+	if (data_file && header->nb_snapshots && writable) {
+		qcow_message_set(msg,
+				 "an external data file excludes internal snapshots, but nb_snapshots is %u",
+				 header->nb_snapshots);
+		return -EINVAL;
+	}
 	return 0;
 }
 
@@ -472,7 +496,7 @@ static int check_size(const struct qcow_header *header, struct qcow_message *msg
 }
 
 static int check_bitmaps_extension(const struct qcow_extension_walk *walk,
-				   const struct qcow_header *header,
+				   struct qcow_header *header,
 				   struct qcow_message *msg)
 {
 	u32 cluster_size = 1U << header->cluster_bits;
@@ -520,6 +544,8 @@ static int check_bitmaps_extension(const struct qcow_extension_walk *walk,
 				 QCOW_MAX_BITMAP_DIRECTORY_BYTES);
 		return -EINVAL;
 	}
+	header->bitmap_directory_offset = directory_offset;
+	header->bitmap_directory_size = directory_size;
 	return 0;
 }
 
@@ -680,12 +706,9 @@ static int check_header(const void *buf, u32 cluster_size, bool writable,
 	if (ret)
 		return ret;
 
-	/* With a data file the bit is valid, but that was refused above. */
-	if (header->autoclear & QCOW_AUTOCLEAR_RAW_DATA_FILE) {
-		qcow_message_set(msg,
-				 "autoclear feature bit 1 (raw external data) is set without incompatible feature bit 2 (external data file)");
-		return -EINVAL;
-	}
+	ret = check_data_file(header, writable, msg);
+	if (ret)
+		return ret;
 	ret = check_backing_name(header, cluster_size, msg);
 	if (ret)
 		return ret;

@@ -43,6 +43,8 @@ void qcow_message_set(struct qcow_message *msg, const char *fmt, ...);
  * @header_length: bytes; 72 for version 2
  * @backing_offset: where the backing file's name is, 0 if there is none
  * @backing_size: length of that name in bytes, 0 if there is none
+ * @bitmap_directory_offset: host offset of the bitmap directory, bytes
+ * @bitmap_directory_size: its length in bytes, 0 if there is none
  * @backing_format: the backing file's format as the header names it, or ""
  */
 struct qcow_header {
@@ -65,6 +67,8 @@ struct qcow_header {
 	u32 header_length;
 	u64 backing_offset;
 	u32 backing_size;
+	u64 bitmap_directory_offset;
+	u64 bitmap_directory_size;
 	char backing_format[QCOW_MAX_BACKING_FORMAT + 1];
 };
 

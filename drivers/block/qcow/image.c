@@ -30,10 +30,17 @@ static void qcow_corrupt_work_fn(struct work_struct *work)
 						corrupt_work);
 	__be64 features = cpu_to_be64(image->header.incompatible |
 				      QCOW_INCOMPAT_CORRUPT);
+	void (*on_corrupt)(void *data);
 
-	qcow_image_update_header(image, offsetof(struct qcow_disk_header,
-						 incompatible_features),
-				 &features, sizeof(features));
+	if (image->header.version >= 3)
+		qcow_image_update_header(image,
+					 offsetof(struct qcow_disk_header,
+						  incompatible_features),
+					 &features, sizeof(features));
+	/* Afterwards, so that who is told finds the bit set. */
+	on_corrupt = smp_load_acquire(&image->on_corrupt);
+	if (on_corrupt)
+		on_corrupt(image->on_corrupt_data);
 }
 
 /**
@@ -49,18 +56,21 @@ void qcow_image_corrupt(struct qcow_image *image, const char *fmt, ...)
 	struct va_format vaf = { .fmt = fmt };
 	va_list args;
 
-	if (image->writable && image->corrupt)
+	/* The first one tells what happened; the others may follow from it. */
+	if (image->writable && atomic_xchg(&image->damaged, 1))
 		return;
 	va_start(args, fmt);
 	vaf.va = &args;
 	pr_err_ratelimited("qcow: %pD: the image is damaged: %pV\n",
 			   image->file.file, &vaf);
+	if (image->writable)
+		qcow_message_set(&image->damage, "%pV", &vaf);
 	va_end(args);
 	if (!image->writable)
 		return;
-	WRITE_ONCE(image->corrupt, true);
-	if (image->header.version >= 3)
-		queue_work(image->wq, &image->corrupt_work);
+	/* Who sees it sees the message. */
+	smp_store_release(&image->corrupt, true);
+	queue_work(image->wq, &image->corrupt_work);
 }
 
 /**
@@ -188,7 +198,8 @@ static int qcow_open_writable(struct qcow_image *image,
 			      struct qcow_message *msg)
 {
 	const struct qcow_header *header = &image->header;
-	__be64 autoclear = 0;
+	u64 maintained = image->data_raw ? QCOW_AUTOCLEAR_RAW_DATA_FILE : 0;
+	__be64 autoclear = cpu_to_be64(header->autoclear & maintained);
 	int err;
 
 	if (!qcow_image_has(image, header->l1_table_offset,
@@ -227,8 +238,15 @@ static int qcow_open_writable(struct qcow_image *image,
 		return err;
 	image->epoch_ready = true;
 
-	/* The driver maintains nothing that these bits stand for. */
-	if (image->header.autoclear)
+	err = qcow_overlap_init(image);
+	if (err) {
+		qcow_message_set(msg, "cannot read its L1 or refcount table: error %d",
+				 -err);
+		return err;
+	}
+
+	/* What the bits stand for that the driver does not maintain is no longer so. */
+	if (header->autoclear & ~maintained)
 		err = qcow_image_update_header(image,
 					       offsetof(struct qcow_disk_header,
 							autoclear_features),
@@ -246,12 +264,14 @@ static void qcow_image_free(struct qcow_image *image)
 		cleanup_srcu_struct(&image->epoch);
 	}
 	qcow_cache_drop_all(image);
+	xa_destroy(&image->metadata);
 	mempool_exit(&image->free_pool);
 	kfree(image->bounce);
 	kfree(image->header_scratch);
 	kfree(image->copy_buf);
 	kfree(image->table_scratch);
 	kfree(image->scratch);
+	qcow_file_release(&image->data);
 	qcow_file_release(&image->file);
 	qcow_cache_put(image->cache);
 	kfree(image);
@@ -270,6 +290,7 @@ static struct qcow_image *qcow_image_alloc(u32 format, bool writable,
 	image->format = format;
 	image->writable = writable;
 	xa_init(&image->blocks);
+	xa_init(&image->metadata);
 	spin_lock_init(&image->lock);
 	INIT_LIST_HEAD(&image->registry);
 	INIT_LIST_HEAD(&image->dirty[QCOW_BLOCK_COUNT]);
@@ -290,24 +311,87 @@ static struct qcow_image *qcow_image_alloc(u32 format, bool writable,
 	return image;
 }
 
-/* An image of the same file that is open already; NULL if there is none. */
-static struct qcow_image *qcow_image_find(struct file *file)
+static bool qcow_same_file(const struct file *a, const struct file *b)
 {
-	struct qcow_image *image;
+	return a && b ? a->f_mapping->host == b->f_mapping->host : a == b;
+}
+
+/* Does an image that is open have a file that is going to be opened? */
+static bool qcow_image_uses(const struct qcow_image *image,
+			    const struct file *file)
+{
+	return file && (qcow_same_file(image->file.file, file) ||
+			qcow_same_file(image->data.file, file));
+}
+
+/*
+ * Find an image that is open already and can be shared: the same files in the
+ * same format, and doing the I/O that is asked for. NULL if there is none.
+ */
+static struct qcow_image *
+qcow_image_find(const struct qcow_image_source *source, struct qcow_message *msg)
+{
+	bool direct = source->io_mode == QCOW_IO_DIRECT;
+	struct qcow_image *image, *found = NULL;
 
 	lockdep_assert_held(&qcow_images_mutex);
-	list_for_each_entry(image, &qcow_images, registry)
-		if (image->file.file->f_mapping->host == file->f_mapping->host)
-			return image;
-	return NULL;
+	list_for_each_entry(image, &qcow_images, registry) {
+		if (!qcow_image_uses(image, source->file) &&
+		    !qcow_image_uses(image, source->data))
+			continue;
+		if (source->writable || image->writable) {
+			qcow_message_set(msg, "%pD is attached already",
+					 qcow_image_uses(image, source->file) ?
+					 source->file : source->data);
+			return ERR_PTR(-EBUSY);
+		}
+		if (qcow_same_file(image->file.file, source->file) &&
+		    qcow_same_file(image->data.file, source->data) &&
+		    image->format == source->format &&
+		    (source->io_mode == QCOW_IO_AUTO ||
+		     image->file.direct == direct))
+			found = image;
+	}
+	return found;
+}
+
+/* The external data file, if the image has one. */
+static int qcow_open_data_file(struct qcow_image *image,
+			       const struct qcow_image_source *source,
+			       struct qcow_message *msg)
+{
+	const struct qcow_header *header = &image->header;
+	int err;
+
+	if (!(header->incompatible & QCOW_INCOMPAT_DATA_FILE)) {
+		if (!source->data)
+			return 0;
+		qcow_message_set(msg, "there is a data file, but the image has its data in itself");
+		return -EINVAL;
+	}
+	if (!source->data) {
+		qcow_message_set(msg, "the image has its data in an external data file, which was not given");
+		return -EINVAL;
+	}
+	err = qcow_file_init(&image->data, source->data, image->writable,
+			     source->io_mode, msg);
+	if (err)
+		return err;
+	image->data_raw = header->autoclear & QCOW_AUTOCLEAR_RAW_DATA_FILE;
+	if (!image->writable || qcow_file_size(&image->data) >= image->size)
+		return 0;
+	/* So that no write of the guest makes it longer. */
+	err = image->data.bdev ? -ENOSPC :
+				 qcow_file_truncate(&image->data, image->size);
+	if (err)
+		qcow_message_set(msg, "the data file %pD is shorter than the disk, and cannot be made longer",
+				 source->data);
+	return err;
 }
 
 /**
  * qcow_image_open - open an image, or share one that is open
- * @file: the file, as userspace opened it
- * @format: QCOW_FORMAT_*
- * @writable: whether it is going to be written
- * @io_mode: QCOW_IO_*
+ * @source: its files, and how to open them
  * @cache: where its tables are charged, unless it is shared
  * @imagep: out
  * @msg: where to say what is wrong
@@ -315,42 +399,40 @@ static struct qcow_image *qcow_image_find(struct file *file)
  * Return: 0; -EBUSY if it is written, or to be written, and in use already; or
  * an errno that says why the image is refused.
  */
-int qcow_image_open(struct file *file, u32 format, bool writable, u32 io_mode,
+int qcow_image_open(const struct qcow_image_source *source,
 		    struct qcow_cache *cache, struct qcow_image **imagep,
 		    struct qcow_message *msg)
 {
-	bool direct = io_mode == QCOW_IO_DIRECT;
 	struct qcow_image *image;
 	int err = 0;
 
 	mutex_lock(&qcow_images_mutex);
-	image = qcow_image_find(file);
-	if (image && (writable || image->writable)) {
-		qcow_message_set(msg, "%pD is attached already", file);
-		err = -EBUSY;
+	image = qcow_image_find(source, msg);
+	if (IS_ERR(image)) {
+		err = PTR_ERR(image);
 		goto out_unlock;
 	}
-	/* Not the same format, or I/O asked for that it does not do: not shared. */
-	if (image && image->format == format &&
-	    (io_mode == QCOW_IO_AUTO || image->file.direct == direct)) {
+	if (image) {
 		kref_get(&image->kref);
 		*imagep = image;
 		goto out_unlock;
 	}
 
-	image = qcow_image_alloc(format, writable, cache);
+	image = qcow_image_alloc(source->format, source->writable, cache);
 	if (!image) {
 		err = -ENOMEM;
 		goto out_unlock;
 	}
-	err = qcow_file_init(&image->file, file, writable, io_mode, msg);
+	err = qcow_file_init(&image->file, source->file, source->writable,
+			     source->io_mode, msg);
 	if (err)
 		goto out_free;
-	if (format == QCOW_FORMAT_RAW)
+	if (source->format == QCOW_FORMAT_RAW)
 		image->size = round_up(qcow_file_size(&image->file), QCOW_SECTOR);
 	else
-		err = qcow_open_qcow2(image, msg);
-	if (!err && writable)
+		err = qcow_open_qcow2(image, msg) ?:
+		      qcow_open_data_file(image, source, msg);
+	if (!err && source->writable)
 		err = qcow_open_writable(image, msg);
 	if (err)
 		goto out_free;

@@ -94,7 +94,8 @@ static int qcow_copy_layers(const struct qcow_attach *args,
 					    args->layer_size);
 		if (err)
 			return err;
-		if (layer->flags || layer->reserved ||
+		if (layer->flags & ~QCOW_LAYER_FLAGS_ALL ||
+		    (layer->data_fd && !(layer->flags & QCOW_LAYER_DATA_FILE)) ||
 		    (layer->format != QCOW_FORMAT_RAW &&
 		     layer->format != QCOW_FORMAT_QCOW2))
 			return -EINVAL;

@@ -212,6 +212,7 @@ int qcow_l2_classify(struct qcow_image *image, struct qcow_l2_entry entry,
 	u32 zero = upper_32_bits(entry.bitmap);
 	u32 mask = qcow_cluster_size(image) - 1;
 	unsigned int sub, run;
+	bool misplaced = false;
 	u32 same;
 
 	if (entry.descriptor & QCOW_OFLAG_COMPRESSED) {
@@ -222,12 +223,19 @@ int qcow_l2_classify(struct qcow_image *image, struct qcow_l2_entry entry,
 	state->host_offset = entry.descriptor & QCOW_L2_OFFSET_MASK;
 	state->mapped = state->host_offset;
 	state->exclusive = entry.descriptor & QCOW_OFLAG_COPIED;
+	if (qcow_is_external(image)) {
+		/* Nothing is shared there. */
+		state->mapped |= state->exclusive;
+		state->exclusive = true;
+		misplaced = state->mapped &&
+			    state->host_offset != (guest_offset & ~(u64)mask);
+	}
 	/* The flag of a cluster means nothing, where each subcluster has one. */
 	if (image->subclusters == 1) {
 		zero = entry.descriptor & QCOW_OFLAG_ZERO;
 		allocated = state->mapped && !zero;
 	}
-	if (entry.descriptor & QCOW_L2_RESERVED_MASK ||
+	if (entry.descriptor & QCOW_L2_RESERVED_MASK || misplaced ||
 	    state->host_offset & mask || allocated & zero ||
 	    (allocated && !state->mapped) ||
 	    (zero && image->header.version < 3)) {
@@ -292,7 +300,7 @@ static int qcow_map_block(struct qcow_image *image, struct qcow_block *block,
 	if (extent->type == QCOW_EXTENT_DATA) {
 		extent->host_offset += in_cluster;
 		/* A write there would make the file as long as the entry says. */
-		if (image->writable &&
+		if (image->writable && !qcow_is_external(image) &&
 		    !qcow_image_has(image, extent->host_offset,
 				    extent->length)) {
 			qcow_image_corrupt(image, "guest offset 0x%llx is mapped to host offset 0x%llx, behind the end of the file",
@@ -444,7 +452,7 @@ int qcow_chain_read(struct qcow_chain *chain, u64 guest_offset, u64 length,
 		if (!err && extent.type == QCOW_EXTENT_ZERO)
 			memset(buf, 0, extent.length);
 		else if (!err)
-			err = qcow_file_read(&extent.image->file, buf,
+			err = qcow_file_read(qcow_data_file(extent.image), buf,
 					     extent.length, extent.host_offset);
 		qcow_image_exit(chain->layers[0], epoch);
 		if (err)

@@ -89,12 +89,14 @@ static inline void qcow_io_scope_exit(unsigned int old)
  * @direct: read and written directly; otherwise always through the page cache
  * @writable: opened for writing, and to be written
  * @bdev: a block device, whose length is fixed
+ * @no_punch: it cannot punch holes, as was seen
  */
 struct qcow_file {
 	struct file *file;
 	bool direct;
 	bool writable;
 	bool bdev;
+	bool no_punch;
 };
 
 struct qcow_io;
@@ -239,6 +241,7 @@ struct qcow_block {
 };
 
 struct qcow_cache *qcow_cache_create(u64 limit);
+void qcow_cache_relieve(struct qcow_cache *cache);
 void qcow_cache_put(struct qcow_cache *cache);
 struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset);
 void qcow_block_put(struct qcow_block *block);
@@ -289,6 +292,8 @@ struct qcow_image {
 	struct kref kref;
 	struct list_head registry;	/* in the list of all images */
 	struct qcow_file file;
+	struct qcow_file data;		/* external data file, if there is one */
+	bool data_raw;			/* @data reads as the disk does */
 	u32 format;			/* QCOW_FORMAT_* */
 	bool writable;
 	struct qcow_header header;	/* as it was at attach */
@@ -300,6 +305,7 @@ struct qcow_image {
 	u32 block_bits;			/* log2 of the bytes of a cached block */
 	struct qcow_cache *cache;
 	struct xarray blocks;		/* by host offset >> block_bits */
+	struct xarray metadata;		/* by host cluster, see overlap.c */
 
 	spinlock_t lock;		/* see the lock order above */
 	struct list_head dirty[QCOW_BLOCK_KINDS];
@@ -339,7 +345,6 @@ struct qcow_image {
 	u64 zero_from;			/* known zero, host bytes: from here ... */
 	u64 zero_to;			/* ... to here; empty where from >= to */
 	u64 end_offset;			/* behind the last cluster ever taken */
-	bool no_punch;			/* the file cannot punch holes */
 	void *scratch;			/* QCOW_BLOCK_SIZE, alloc_mutex */
 	void *table_scratch;		/* QCOW_BLOCK_SIZE, table_mutex */
 	void *bounce;			/* QCOW_BATCH blocks, commit_mutex */
@@ -348,7 +353,11 @@ struct qcow_image {
 	struct mutex copy_mutex;	/* @copy_buf */
 	void *copy_buf;			/* QCOW_BLOCK_SIZE, copy_mutex */
 
-	bool corrupt;			/* detected or marked: no more writes */
+	atomic_t damaged;		/* @damage is being set, or is */
+	bool corrupt;			/* it is: no more writes */
+	struct qcow_message damage;	/* what was found */
+	void (*on_corrupt)(void *data);	/* called then, in process context */
+	void *on_corrupt_data;
 	bool failed;			/* a barrier failed: no more writes */
 
 	atomic64_t clusters_allocated;
@@ -375,6 +384,18 @@ static inline u32 qcow_block_size(const struct qcow_image *image)
 	return 1U << image->block_bits;
 }
 
+/* Are the guest's clusters in a file of their own, each at its guest offset? */
+static inline bool qcow_is_external(const struct qcow_image *image)
+{
+	return image->data.file;
+}
+
+/* The file that has the guest's clusters. */
+static inline struct qcow_file *qcow_data_file(struct qcow_image *image)
+{
+	return qcow_is_external(image) ? &image->data : &image->file;
+}
+
 /**
  * qcow_image_has - do clusters lie in the file
  * @image: a qcow2 image
@@ -392,7 +413,23 @@ static inline bool qcow_image_has(const struct qcow_image *image,
 	return length <= end && host_offset <= end - length;
 }
 
-int qcow_image_open(struct file *file, u32 format, bool writable, u32 io_mode,
+/**
+ * struct qcow_image_source - what an image is opened from
+ * @file: the file, as userspace opened it
+ * @data: its external data file, or NULL
+ * @format: QCOW_FORMAT_*
+ * @io_mode: QCOW_IO_*
+ * @writable: whether it is going to be written
+ */
+struct qcow_image_source {
+	struct file *file;
+	struct file *data;
+	u32 format;
+	u32 io_mode;
+	bool writable;
+};
+
+int qcow_image_open(const struct qcow_image_source *source,
 		    struct qcow_cache *cache, struct qcow_image **imagep,
 		    struct qcow_message *msg);
 int qcow_image_close(struct qcow_image *image);
@@ -462,6 +499,30 @@ void qcow_free_discard(struct qcow_image *image, struct qcow_free *free);
 void qcow_free_queue_locked(struct qcow_image *image, struct qcow_free *free);
 void qcow_free_reclaim(struct qcow_image *image, struct qcow_free *free);
 
+/* ---- overlap.c: where metadata is --------------------------------------- */
+
+/* enum qcow_metadata - what a host cluster may be that is not data */
+enum qcow_metadata {
+	QCOW_METADATA_HEADER,
+	QCOW_METADATA_L1,
+	QCOW_METADATA_L2,
+	QCOW_METADATA_REFTABLE,
+	QCOW_METADATA_REFBLOCK,
+	QCOW_METADATA_SNAPSHOTS,
+	QCOW_METADATA_SNAPSHOT_L1,
+	QCOW_METADATA_BITMAPS,
+};
+
+int qcow_overlap_init(struct qcow_image *image);
+void qcow_overlap_add(struct qcow_image *image, enum qcow_metadata kind,
+		      u64 host_offset, u64 length);
+void qcow_overlap_remove(struct qcow_image *image, u64 host_offset, u64 length);
+int qcow_overlap_check(struct qcow_image *image, u64 host_offset, u64 length);
+int qcow_overlap_check_data(struct qcow_image *image, u64 host_offset,
+			    u64 length);
+int qcow_overlap_expect(struct qcow_image *image, enum qcow_metadata kind,
+			u64 host_offset);
+
 /* ---- refcount.c: refcounts and the allocator ---------------------------- */
 
 u64 qcow_refcount_load(const void *block, u32 order, u64 index);
@@ -477,7 +538,7 @@ int qcow_alloc_clusters(struct qcow_image *image, u64 want, u64 *cluster,
  * enum qcow_extent_type - what is at a guest offset
  * @QCOW_EXTENT_UNALLOCATED: this layer has nothing, look below
  * @QCOW_EXTENT_ZERO: reads as zeroes
- * @QCOW_EXTENT_DATA: is in the layer's file at @host_offset
+ * @QCOW_EXTENT_DATA: is in the layer's data file at @host_offset
  */
 enum qcow_extent_type {
 	QCOW_EXTENT_UNALLOCATED,
@@ -516,7 +577,8 @@ struct qcow_l2_entry {
  * @type: of the subcluster with that offset
  * @mapped: the guest cluster has a host cluster, allocated or set aside
  * @exclusive: that may be written in place, nobody else has it
- * @host_offset: of that cluster, bytes; 0 if there is none
+ * @host_offset: of that cluster, bytes; 0 if there is none, but in an external
+ *	data file 0 is the place of the first cluster
  * @allocated: a bit for each subcluster that is DATA
  * @length: bytes from the guest offset on that are of @type, in this cluster
  *

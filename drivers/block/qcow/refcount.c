@@ -164,7 +164,9 @@ static int qcow_refblock_offset(struct qcow_image *image, u64 index,
 				   index, value);
 		return -EIO;
 	}
-	return 0;
+	if (!*offset)
+		return 0;
+	return qcow_overlap_expect(image, QCOW_METADATA_REFBLOCK, *offset);
 }
 
 /*
@@ -381,12 +383,12 @@ static int qcow_refblock_create(struct qcow_image *image,
 	}
 	if (home + cluster_size > QCOW_MAX_HOST_OFFSET)
 		return -ENOSPC;
-	err = qcow_extend(image, home + cluster_size);
+	err = qcow_overlap_check(image, home, cluster_size) ?:
+	      qcow_extend(image, home + cluster_size) ?:
+	      qcow_refblock_write(image, home, 1);
 	if (err)
 		return err;
-	err = qcow_refblock_write(image, home, 1);
-	if (err)
-		return err;
+	qcow_overlap_add(image, QCOW_METADATA_REFBLOCK, home, cluster_size);
 	qcow_note_used(image, home + cluster_size);
 
 	spin_lock_irqsave(&image->lock, flags);
@@ -542,7 +544,8 @@ static int qcow_reftable_grow(struct qcow_image *image, u32 old_clusters)
 	    first + added > (u64)clusters << (image->cluster_bits - 3))
 		err = -ENOSPC;
 	else
-		err = qcow_extend(image, end);
+		err = qcow_overlap_check(image, blocks, end - blocks) ?:
+		      qcow_extend(image, end);
 	for (i = 0; i < added && !err; i++) {
 		u64 covered = i << image->refblock_bits;
 		u64 used = clusters + added;
@@ -571,6 +574,10 @@ static int qcow_reftable_grow(struct qcow_image *image, u32 old_clusters)
 		goto out_unlock;
 
 	old_table = image->reftable_offset;
+	qcow_overlap_add(image, QCOW_METADATA_REFBLOCK, blocks, table - blocks);
+	qcow_overlap_add(image, QCOW_METADATA_REFTABLE, table, end - table);
+	qcow_overlap_remove(image, old_table,
+			    (u64)old_clusters << image->cluster_bits);
 	WRITE_ONCE(image->reftable_offset, table);
 	image->reftable_clusters = clusters;
 	image->zero_from = max(image->zero_from, end);
@@ -638,14 +645,10 @@ static int qcow_take(struct qcow_image *image, u64 *cluster, u64 want, u64 limit
 				     min(want, limit - *cluster));
 	if (!*got)
 		goto out;
-	if (!*cluster) {
-		qcow_image_corrupt(image, "the header's cluster has a refcount of 0");
-		err = -EIO;
-		goto out;
-	}
 	host_offset = *cluster << image->cluster_bits;
 	len = *got << image->cluster_bits;
-	err = qcow_extend(image, host_offset + len);
+	err = qcow_overlap_check(image, host_offset, len) ?:
+	      qcow_extend(image, host_offset + len);
 	if (err)
 		goto out;
 	err = qcow_counts_set(image, block, found, *got, 1);

@@ -266,7 +266,7 @@ static struct qcow_segment *qcow_segment_alloc(struct qcow_request *req,
 static void qcow_segment_set(struct qcow_segment *seg,
 			     const struct qcow_extent *extent)
 {
-	seg->file = &extent->image->file;
+	seg->file = qcow_data_file(extent->image);
 	seg->pos = extent->host_offset;
 	seg->length = extent->length;
 }
@@ -361,7 +361,7 @@ static int qcow_write_mapping(struct qcow_segment *seg, u64 guest_offset,
 		return err;
 	seg->mapping = true;
 	seg->vecs = mempool_alloc(&req->dev->segment_vecs, GFP_NOIO);
-	seg->file = &write->image->file;
+	seg->file = qcow_data_file(write->image);
 	seg->pos = write->host_offset + write->data_offset - write->head.length;
 	seg->length = write->head.length + write->length + write->tail.length;
 	*done = write->length;
@@ -394,11 +394,14 @@ static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 		seg->epoch = qcow_image_enter(image);
 		err = qcow_map_layer(image, guest_offset + skip, length - skip,
 				     &extent);
+		if (!err && extent.in_place)
+			err = qcow_overlap_check_data(image, extent.host_offset,
+						      extent.length);
 		if (!err && extent.in_place) {
 			done = extent.length;
 			qcow_segment_set(seg, &extent);
 			/* After the look-up: then its entry was durable. */
-			if (fua && (!image->file.direct ||
+			if (fua && (!qcow_data_file(image)->direct ||
 				    qcow_image_dirty(image)))
 				req->commit = true;
 			else if (fua)

@@ -238,6 +238,18 @@ void qcow_cache_put(struct qcow_cache *cache)
 		kref_put(&cache->kref, qcow_cache_release);
 }
 
+/**
+ * qcow_cache_relieve - there is no memory: make some, and wait a moment
+ * @cache: where to take it from
+ *
+ * Context: may sleep; for loops that end when there is memory.
+ */
+void qcow_cache_relieve(struct qcow_cache *cache)
+{
+	if (!qcow_cache_evict(cache, 8))
+		io_schedule_timeout(1);
+}
+
 static struct qcow_block *qcow_block_alloc(struct qcow_cache *cache)
 {
 	struct qcow_block *block;
@@ -329,9 +341,8 @@ struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset)
 		if (!old)
 			break;
 		if (xa_is_err(old)) {
-			/* No memory for a node of the tree: make some. */
-			if (!qcow_cache_evict(cache, 8))
-				io_schedule_timeout(1);
+			/* No memory for a node of the tree */
+			qcow_cache_relieve(cache);
 			continue;
 		}
 		/* Somebody was faster, or an evicted block is on its way out. */

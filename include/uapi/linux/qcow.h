@@ -44,19 +44,22 @@
 #define QCOW_IO_DIRECT		1	/* direct, or the attach fails (EINVAL) */
 #define QCOW_IO_BUFFERED	2	/* through the page cache */
 
+#define QCOW_LAYER_DATA_FILE	(1U << 0)	/* @data_fd is given */
+#define QCOW_LAYER_FLAGS_ALL	(QCOW_LAYER_DATA_FILE)
+
 /**
  * struct qcow_layer - one file of the backing chain
  * @fd: open file; the driver keeps this very file open until detach, and with
  *      it the advisory locks that belong to it
  * @format: QCOW_FORMAT_RAW or QCOW_FORMAT_QCOW2; the driver never probes
- * @flags: none defined, 0
- * @reserved: 0
+ * @flags: QCOW_LAYER_*
+ * @data_fd: open file, the external data file; 0 without QCOW_LAYER_DATA_FILE
  */
 struct qcow_layer {
 	__s32 fd;
 	__u32 format;
 	__u32 flags;
-	__u32 reserved;
+	__s32 data_fd;
 };
 
 #define QCOW_ATTACH_READ_ONLY	(1U << 0)

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Where the metadata of an image is, so that no data is written over it.
+ *
+ * In a sound image nothing but the tables themselves leads to a cluster of a
+ * table. In a damaged one an L2 entry may, or the allocator, where the count of
+ * a table is zero. So before a guest's data goes to a cluster, before a cluster
+ * is taken, and before one is freed, it is looked up in image->metadata, an
+ * xarray from host cluster to kind. The look-up takes no lock, and its cost does
+ * not grow with the image.
+ *
+ * What is known: header, L1 table, refcount table, snapshot table, L1 tables of
+ * snapshots and the bitmap directory, from the header; L2 tables and refcount
+ * blocks, from the tables that lead to them, which attach reads once; and what
+ * the driver makes later. L2 tables that only snapshots have are not known: that
+ * would take reading all of them.
+ *
+ * A cluster has one kind, the first that was found. A table that is written must
+ * be of its own kind, so one that lies on top of another one is never written.
+ *
+ * The caller of qcow_overlap_add() and qcow_overlap_remove() holds what keeps
+ * others from making or freeing that table.
+ */
+#include <linux/slab.h>
+
+#include "qcow.h"
+
+/* How much of a table attach reads at once. */
+#define QCOW_OVERLAP_STEP	(64U << 10)
+
+static const char * const qcow_metadata_names[] = {
+	[QCOW_METADATA_HEADER] = "header",
+	[QCOW_METADATA_L1] = "L1 table",
+	[QCOW_METADATA_L2] = "L2 table",
+	[QCOW_METADATA_REFTABLE] = "refcount table",
+	[QCOW_METADATA_REFBLOCK] = "refcount block",
+	[QCOW_METADATA_SNAPSHOTS] = "snapshot table",
+	[QCOW_METADATA_SNAPSHOT_L1] = "snapshot's L1 table",
+	[QCOW_METADATA_BITMAPS] = "bitmap directory",
+};
+
+/*
+ * Where a long is 32 bits, clusters behind its reach are not looked up; the
+ * table cache does not reach as far either.
+ */
+static bool qcow_overlap_range(const struct qcow_image *image, u64 host_offset,
+			       u64 length, unsigned long *first,
+			       unsigned long *last)
+{
+	u64 end = (host_offset + length - 1) >> image->cluster_bits;
+
+	*first = host_offset >> image->cluster_bits;
+	*last = end;
+	return length && end <= ULONG_MAX;
+}
+
+/**
+ * qcow_overlap_add - a table is going to be where nothing was
+ * @image: a writable image
+ * @kind: of which kind
+ * @host_offset: bytes
+ * @length: bytes
+ *
+ * Clusters that have a kind keep it.
+ *
+ * Context: may sleep, until there is memory.
+ */
+void qcow_overlap_add(struct qcow_image *image, enum qcow_metadata kind,
+		      u64 host_offset, u64 length)
+{
+	unsigned long cluster, last;
+	void *old;
+
+	if (!qcow_overlap_range(image, host_offset, length, &cluster, &last))
+		return;
+	for (;; cluster++) {
+		while (xa_is_err(old = xa_cmpxchg(&image->metadata, cluster, NULL,
+						  xa_mk_value(kind), GFP_NOIO)))
+			qcow_cache_relieve(image->cache);
+		if (cluster == last)
+			break;
+	}
+}
+
+/**
+ * qcow_overlap_remove - a table is no longer there
+ * @image: a writable image
+ * @host_offset: bytes
+ * @length: bytes
+ *
+ * Context: process.
+ */
+void qcow_overlap_remove(struct qcow_image *image, u64 host_offset, u64 length)
+{
+	unsigned long cluster, last;
+	void *entry;
+
+	if (!qcow_overlap_range(image, host_offset, length, &cluster, &last))
+		return;
+	xa_for_each_range(&image->metadata, cluster, entry, cluster, last)
+		xa_erase(&image->metadata, cluster);
+}
+
+/**
+ * qcow_overlap_check - is there no metadata in a range that is to be written
+ * @image: a writable image
+ * @host_offset: bytes
+ * @length: bytes
+ *
+ * Context: any that may take image->lock.
+ *
+ * Return: 0; -EIO if there is, which marks the image corrupt.
+ */
+int qcow_overlap_check(struct qcow_image *image, u64 host_offset, u64 length)
+{
+	unsigned long cluster, last;
+	void *entry;
+
+	if (!qcow_overlap_range(image, host_offset, length, &cluster, &last))
+		return 0;
+	entry = xa_find(&image->metadata, &cluster, last, XA_PRESENT);
+	if (likely(!entry))
+		return 0;
+	qcow_image_corrupt(image, "a write was stopped that would have hit the %s at host offset 0x%llx",
+			   qcow_metadata_names[xa_to_value(entry)],
+			   (u64)cluster << image->cluster_bits);
+	return -EIO;
+}
+
+/**
+ * qcow_overlap_check_data - may data be written where an entry says
+ * @image: a writable image
+ * @host_offset: in the data file, bytes
+ * @length: bytes
+ *
+ * Context: any that may take image->lock.
+ *
+ * Return: 0; -EIO if that is metadata, or behind the end of the file, which it
+ * would make as long as the entry says; both mark the image corrupt.
+ */
+int qcow_overlap_check_data(struct qcow_image *image, u64 host_offset,
+			    u64 length)
+{
+	if (qcow_is_external(image))
+		return 0;
+	if (!qcow_image_has(image, host_offset, length)) {
+		qcow_image_corrupt(image, "an entry leads to host offset 0x%llx, behind the end of the file",
+				   host_offset);
+		return -EIO;
+	}
+	return qcow_overlap_check(image, host_offset, length);
+}
+
+/**
+ * qcow_overlap_expect - is a table alone where it is to be written
+ * @image: a writable image
+ * @kind: of which kind it is
+ * @host_offset: bytes
+ *
+ * Context: any that may take image->lock.
+ *
+ * Return: 0; -EIO if it lies on top of another one, which marks the image
+ * corrupt.
+ */
+int qcow_overlap_expect(struct qcow_image *image, enum qcow_metadata kind,
+			u64 host_offset)
+{
+	unsigned long cluster, last;
+	void *entry;
+
+	if (!qcow_overlap_range(image, host_offset, 1, &cluster, &last))
+		return 0;
+	entry = xa_load(&image->metadata, cluster);
+	if (likely(entry && xa_to_value(entry) == kind))
+		return 0;
+	qcow_image_corrupt(image, "the %s at host offset 0x%llx lies on top of %s",
+			   qcow_metadata_names[kind], host_offset,
+			   entry ? qcow_metadata_names[xa_to_value(entry)] :
+				   "other data");
+	return -EIO;
+}
+
+/* Add what the entries of a table lead to. Those that are wrong are not used. */
+static int qcow_overlap_add_entries(struct qcow_image *image,
+				    enum qcow_metadata kind, u64 table_offset,
+				    u64 length, u64 mask)
+{
+	u32 cluster_size = qcow_cluster_size(image);
+	__be64 *entries;
+	u64 offset, step;
+	int err = 0;
+	u32 i;
+
+	entries = kmalloc(QCOW_OVERLAP_STEP, GFP_KERNEL);
+	if (!entries)
+		return -ENOMEM;
+	for (; length && !err; table_offset += step, length -= step) {
+		step = min_t(u64, length, QCOW_OVERLAP_STEP);
+		err = fatal_signal_pending(current) ? -EINTR :
+			qcow_file_read(&image->file, entries,
+				       round_up(step, QCOW_SECTOR), table_offset);
+		for (i = 0; i < step / sizeof(*entries) && !err; i++) {
+			offset = be64_to_cpu(entries[i]) & mask;
+			if (offset && !(offset & (cluster_size - 1)))
+				qcow_overlap_add(image, kind, offset,
+						 cluster_size);
+		}
+		cond_resched();
+	}
+	kfree(entries);
+	return err;
+}
+
+/**
+ * qcow_overlap_init - find the metadata of an image
+ * @image: a writable image that is being opened
+ *
+ * Return: 0, -ENOMEM, -EINTR, or the errno of a read.
+ */
+int qcow_overlap_init(struct qcow_image *image)
+{
+	const struct qcow_header *header = &image->header;
+	u64 l1_bytes = (u64)header->l1_size * sizeof(__be64);
+	u64 reftable_bytes = (u64)header->refcount_table_clusters <<
+			     header->cluster_bits;
+	int err;
+
+	qcow_overlap_add(image, QCOW_METADATA_HEADER, 0, 1);
+	qcow_overlap_add(image, QCOW_METADATA_L1, header->l1_table_offset,
+			 l1_bytes);
+	qcow_overlap_add(image, QCOW_METADATA_REFTABLE,
+			 header->refcount_table_offset, reftable_bytes);
+	qcow_overlap_add(image, QCOW_METADATA_BITMAPS,
+			 header->bitmap_directory_offset,
+			 header->bitmap_directory_size);
+	err = qcow_overlap_add_entries(image, QCOW_METADATA_REFBLOCK,
+				       header->refcount_table_offset,
+				       reftable_bytes, QCOW_RT_OFFSET_MASK);
+	return err ?: qcow_overlap_add_entries(image, QCOW_METADATA_L2,
+					       header->l1_table_offset,
+					       l1_bytes, QCOW_L1_OFFSET_MASK);
+}

@@ -1,0 +1,112 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-only
+# A write that would hit metadata is stopped before it does, the corrupt bit is set, and reads go on.
+# kernels: 6.1 debug
+# timeout: 300
+
+# shellcheck source=tests/functional/cells.sh
+. "$(dirname "$0")/cells.sh"
+
+need_driver
+cd "$WORK" || exit
+
+# Header 0, refcount table 0x10000, block 0x20000, L1 0x30000, L2 0x40000, data
+# 0x50000 to 0x5ffff and 0x60000 to 0x6ffff.
+make_good() {
+	rm -f good.qcow2 &&
+		qemu-img create -q -f qcow2 "$@" good.qcow2 1G &&
+		qemu-io -f qcow2 -c 'write -q -P 0x41 0 64k' \
+			-c 'write -q -P 0x42 64k 64k' good.qcow2
+}
+
+# What udev is told, of one device
+uevents() {
+	udevadm monitor --kernel --property --subsystem-match=block >"$WORK/uevents" &
+	monitor=$!
+	sleep 1
+}
+
+# stopped DESC SAYS COMMAND OFFSET HEX [OFFSET HEX]...: the xfs_io command on a
+# device with such damage changes no table, and SAYS is what is told of it.
+stopped() {
+	local desc=$1 says=$2 command=$3 before after number
+
+	shift 3
+	cp good.qcow2 bad.qcow2
+	while (($#)); do
+		put_bytes bad.qcow2 "$1" "$2"
+		shift 2
+	done
+	before=$(tail -c +9 bad.qcow2 | head -c $((0x50000 - 8)) | sha256sum)
+	if ! try_attach "$PWD/bad.qcow2"; then
+		fail "$desc"
+		diag "$(<"$WORK/.err")"
+		return
+	fi
+	number=${DEV#/dev/}
+	xfs_io -d -c "$command" -c fsync "$DEV" >"$WORK/.out" 2>&1
+	# The bit is set by a worker.
+	udevadm settle
+	sleep 0.2
+	like "$desc: sysfs says it" "$(<"/sys/block/$number/qcow/damage")" "$says"
+	is "$desc: what is sound is still read" \
+		"$(dd if="$DEV" bs=64k skip=1 count=1 iflag=direct status=none |
+			tr -d B | wc -c)" 0
+	not_ok "$desc: no more writes" \
+		xfs_io -d -c 'pwrite -q 64k 4k' -c fsync "$DEV"
+	like "$desc: the list says it" "$(qcowctl list)" corrupt
+	try_detach || :
+	# All but the incompatible features, where the corrupt bit is.
+	put_bytes bad.qcow2 72 0000000000000000
+	after=$(tail -c +9 bad.qcow2 | head -c $((0x50000 - 8)) | sha256sum)
+	is "$desc: no table has changed" "$after" "$before"
+}
+
+make_good
+l2=$((0x40000)) counts=$((0x20000))
+w='pwrite -q 0 64k'
+stopped "data at the refcount table" 'refcount table at' "$w" $l2 8000000000010000
+stopped "data at a refcount block" 'refcount block at' "$w" $l2 8000000000020000
+stopped "data at the L1 table" 'L1 table at' "$w" $l2 8000000000030000
+stopped "data at an L2 table" 'L2 table at' "$w" $l2 8000000000040000
+stopped "space set aside at an L2 table" 'L2 table at' 'pwrite -q 0 4k' $l2 8000000000040001
+stopped "zeroes at an L2 table" 'L2 table at' 'pwrite -q 0 512' $l2 8000000000040000
+stopped "new cluster at the header" 'header' 'pwrite -q 8M 64k' $counts 0000
+stopped "new cluster at the refcount table" 'refcount table at' 'pwrite -q 8M 64k' $((counts + 2)) 0000
+stopped "new cluster at a refcount block" 'refcount block at' 'pwrite -q 8M 64k' $((counts + 4)) 0000
+stopped "new cluster at the L1 table" 'L1 table at' 'pwrite -q 8M 64k' $((counts + 6)) 0000
+stopped "new cluster at an L2 table" 'L2 table at' 'pwrite -q 8M 64k' $((counts + 8)) 0000
+stopped "L2 table at the refcount table" 'L2 table at .* lies on top of refcount table' 'pwrite -q 600M 64k' $((0x30008)) 8000000000010000
+
+# What is freed is not emptied.
+cp good.qcow2 bad.qcow2
+put_bytes bad.qcow2 $l2 8000000000030000
+attach "$PWD/bad.qcow2"
+blkdiscard -o 0 -l 64k "$DEV"
+sync "$DEV"
+sleep 1
+like "a discard of a table: sysfs says it" \
+	"$(<"/sys/block/${DEV#/dev/}/qcow/damage")" 'L1 table at'
+try_detach || :
+ok "a discard of a table: it is there" \
+	cmp <(tail -c +$((0x30001)) good.qcow2 | head -c 65536) \
+	<(tail -c +$((0x30001)) bad.qcow2 | head -c 65536)
+
+# The corrupt bit is in the header, and udev was told.
+cp good.qcow2 bad.qcow2
+put_bytes bad.qcow2 $l2 8000000000030000
+attach "$PWD/bad.qcow2"
+uevents
+xfs_io -d -c 'pwrite -q 0 4k' "$DEV" >/dev/null 2>&1
+sleep 1
+kill "$monitor"
+like "a uevent says it" "$(<"$WORK/uevents")" QCOW_CORRUPT=1
+detach
+like "QEMU sees the corrupt bit" "$(qemu-img info bad.qcow2)" 'corrupt: true'
+not_ok "it is not attached for writing again" try_attach "$PWD/bad.qcow2"
+like "it says what to do" "$(<"$WORK/.err")" 'qemu-img check -r all'
+ok "it is attached for reading" try_attach --read-only "$PWD/bad.qcow2"
+detach
+
+no_kernel_report
+done_testing
