@@ -13,6 +13,7 @@
 #   chain=none       none; raw; qcow2 (base of another cluster size); short and
 #                    long (a raw base that is shorter or longer); deep (three
 #                    layers); zero (a qcow2 base with zero clusters over data)
+#   data=none        none; file or raw: an external data file
 #   snap=0           1: internal snapshots exist, so that clusters are shared
 #   init=0           1: QEMU wrote data, zeroes and discards to it before
 #   size=8M          bytes; need not be a multiple of anything
@@ -125,6 +126,10 @@ make_image() {
 	if ((ext)); then
 		options+=,extended_l2=on
 	fi
+	case $data in
+	file) options+=,data_file=image.qcow2.data ;;
+	raw) options+=,data_file=image.qcow2.data,data_file_raw=on ;;
+	esac
 	qemu-img create -q -f qcow2 ${base:+-b "$base" -F "$base_fmt"} -o "$options" \
 		image.qcow2 "$full" || return
 
@@ -212,6 +217,9 @@ cell_steps() {
 	fi
 	is_clean image.qcow2 || return
 	qemu-img compare -f raw -F qcow2 mirror.raw image.qcow2 || return
+	if [[ $data == raw ]]; then
+		cmp -n "$(stat -c %s mirror.raw)" mirror.raw image.qcow2.data || return
+	fi
 	if ((snap)); then
 		# QEMU can still go back to the first snapshot. (For that a count
 		# must have room for one more, and version 2 takes no change of
@@ -228,7 +236,7 @@ cell_steps() {
 
 # run_cell NAME: one result.
 run_cell() {
-	local v=3 cs=64k ext=0 rc=16 pre=off chain=none snap=0 init=0 size=8M
+	local v=3 cs=64k ext=0 rc=16 pre=off chain=none data=none snap=0 init=0 size=8M
 	local discard=unmap io=auto cache='' jobs=1 dev=direct hot='' seed=1
 	local ops=$CELL_OPS pair dir status
 	local -a pairs
@@ -236,7 +244,7 @@ run_cell() {
 	IFS=, read -ra pairs <<<"$1"
 	for pair in "${pairs[@]}"; do
 		case ${pair%%=*} in
-		v | cs | ext | rc | pre | chain | snap | init | size | discard | io | \
+		v | cs | ext | rc | pre | chain | data | snap | init | size | discard | io | \
 			cache | jobs | dev | hot | seed | ops)
 			printf -v "${pair%%=*}" %s "${pair#*=}"
 			;;
@@ -283,7 +291,7 @@ pick() {
 
 # draw_cell N: a cell by chance, which is the same for the same N.
 draw_cell() {
-	local v cs ext=0 rc=16 pre=off chain snap=0 size
+	local v cs ext=0 rc=16 pre=off chain data=none snap=0 size
 
 	RANDOM=$(($1 % 32768))
 	: $RANDOM $RANDOM
@@ -307,7 +315,14 @@ draw_cell() {
 		pick off off metadata falloc
 		pre=$PICKED
 	fi
-	if ((rc > 1)); then
+	if ((v == 3)); then
+		pick none none none file raw
+		data=$PICKED
+	fi
+	if [[ $data == raw ]]; then
+		chain=none pre=metadata
+	fi
+	if ((rc > 1)) && [[ $data == none ]]; then
 		pick 0 0 1
 		snap=$PICKED
 	fi
@@ -317,7 +332,7 @@ draw_cell() {
 		pick 24M 20971000
 		size=$PICKED
 	fi
-	CELL="v=$v,cs=$cs,ext=$ext,rc=$rc,pre=$pre,chain=$chain,snap=$snap,size=$size"
+	CELL="v=$v,cs=$cs,ext=$ext,rc=$rc,pre=$pre,chain=$chain,data=$data,snap=$snap,size=$size"
 	pick 0 1
 	CELL+=",init=$PICKED"
 	pick unmap unmap ignore keep

@@ -44,6 +44,10 @@ FIXED=(
 	'cs=2M,ext=1,size=20971000,chain=deep'
 	'cs=64k,ext=1,pre=metadata,jobs=8,discard=keep,hot=1M'
 	'cs=128k,ext=1,chain=zero,snap=1,jobs=4'
+	'cs=64k,data=file,chain=raw,jobs=4,hot=1M'
+	'cs=64k,data=raw,size=8388908'
+	'cs=4k,data=file,discard=keep,init=1,io=buffered'
+	'cs=64k,ext=1,data=raw,init=1,jobs=4'
 )
 
 need_driver
@@ -54,7 +58,7 @@ if (($#)); then
 	done_testing
 fi
 
-count=36
+count=40
 if [[ ${QCOW_SOAK-} ]]; then
 	count=150
 elif [[ $QUICK ]]; then

@@ -132,7 +132,6 @@ by_name() {
 	fi
 }
 by_name "zstd compression" '[Cc]ompression|zstd' compression_type=zstd
-by_name "an external data file" '[Dd]ata.file' data_file=data.raw
 qemu-img create -q --object secret,id=s,data=abc -f qcow2 \
 	-o encrypt.format=aes,encrypt.key-secret=s aes.qcow2 8M 2>/dev/null
 if [[ -e aes.qcow2 ]]; then

@@ -83,8 +83,20 @@ refused "the image is being written" 4 "/dev/qcow9 has it open for writing" \
 	attach -r chain.qcow2
 refused "the backing file is in use" 4 "/dev/qcow9 uses it and lets nobody write" \
 	attach dir/base.qcow2
-qemu-img create -q -f qcow2 -o data_file=data.raw ext.qcow2 1M
-refused "what the driver refuses, it explains" 3 "ext.qcow2: " attach -r ext.qcow2
+qemu-img create -q -f qcow2 -o data_file=data.raw dir/ext.qcow2 1M
+refused "a data file that is not there" 5 "dir/data.raw: .* it is the data file of dir/ext.qcow2" \
+	attach dir/ext.qcow2
+attach --data-file=data.raw dir/ext.qcow2
+is "--data-file: sysfs has it" "$(</sys/block/${DEV#/dev/}/qcow/data_file)" "$WORK/data.raw"
+not_ok "the data file is locked" qemu-io -f raw -c 'write 0 512' data.raw
+ok "detach by image, with a data file" "$QCOWCTL" detach dir/ext.qcow2
+mv data.raw dir
+ok "a relative data file is looked for beside the image" \
+	"$QCOWCTL" attach -n 11 dir/ext.qcow2
+ok "detach it by number" "$QCOWCTL" detach 11
+refused "a data file that is not wanted" 3 "has its data in itself; leave out --data-file" \
+	attach --data-file=dir/data.raw ok.qcow2
+DEV=/dev/qcow9
 "$QCOWCTL" attach dir/top.qcow2 >/dev/full 2>.full
 is "attach, but the name cannot be printed: the exit code" $? 1
 like "attach, but the name cannot be printed: it is told" "$(<.full)" \

@@ -16,7 +16,9 @@
 #include "control.h"
 #include "util.h"
 
-enum { READ_ONLY, NUMBER, DISCARD, CACHE_SIZE, IO, FORMAT, BACKING_FORMAT };
+enum {
+	READ_ONLY, NUMBER, DISCARD, CACHE_SIZE, IO, FORMAT, BACKING_FORMAT, DATA_FILE,
+};
 
 static const struct option_help option_help[] = {
 	[READ_ONLY] = { 'r', "read-only", NULL,
@@ -33,6 +35,8 @@ static const struct option_help option_help[] = {
 		"format of IMAGE; only qcow2 can be attached" },
 	[BACKING_FORMAT] = { 'F', "backing-format", "FORMAT",
 		"raw, qcow2: of backing files where no header says it" },
+	[DATA_FILE] = { 0, "data-file", "FILE",
+		"IMAGE's external data file (default: what its header says)" },
 };
 
 /* The place of option @which's value in @names, which is its number in the ABI. */
@@ -134,6 +138,7 @@ static int attach(const char *image, const struct chain *chain,
 	int wanted = call->index;
 	char message[1024] = "";
 	int control, err = 0;
+	struct qcow_layer *layer;
 	size_t i;
 
 	control = control_open(true);
@@ -141,13 +146,19 @@ static int attach(const char *image, const struct chain *chain,
 		return control_error(-control);
 
 	layers = xreallocarray(NULL, chain->count, sizeof(*layers));
+	layer = layers;
 	for (i = 0; i < chain->count; i++) {
-		layers[i] = (struct qcow_layer) {
+		if (chain->layers[i].data) {
+			layer[-1].flags |= QCOW_LAYER_DATA_FILE;
+			layer[-1].data_fd = chain->layers[i].fd;
+			continue;
+		}
+		*layer++ = (struct qcow_layer) {
 			.fd = chain->layers[i].fd,
 			.format = chain->layers[i].format,
 		};
 	}
-	call->layer_count = chain->count;
+	call->layer_count = layer - layers;
 	call->layer_size = sizeof(*layers);
 	call->layers = (uintptr_t)layers;
 	call->message_size = sizeof(message);
@@ -179,6 +190,7 @@ static int run(const char * const *options, int count, char **operands)
 	if (ret)
 		return ret;
 	ret = chain_open(&chain, operands[0], options[READ_ONLY],
+			 options[DATA_FILE],
 			 format ? format_of_name(format) : 0);
 	if (!ret)
 		ret = attach(operands[0], &chain, &call);

@@ -8,6 +8,9 @@
  *   file:base.img     QEMU takes it from the working directory
  *   json:{...}        likewise; a tree of options that comes down to one file
  *   nbd:...           any other protocol: refused
+ *
+ * Names of external data files likewise, but that a relative one is taken from
+ * beside the image, too, where QEMU takes it from its working directory.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -23,20 +26,22 @@ static bool is_file_driver(const char *driver)
 	return !strcmp(driver, "file") || !strcmp(driver, "host_device");
 }
 
-static int wrong_protocol(const char *overlay, const char *protocol)
+static int wrong_protocol(const char *overlay, const char *what,
+			  const char *protocol)
 {
-	return fail(EXIT_REFUSED, "%s: its backing file is reached by the protocol '%s'; only local files and block devices can be attached",
-		    overlay, protocol);
+	return fail(EXIT_REFUSED, "%s: its %s is reached by the protocol '%s'; only local files and block devices can be attached",
+		    overlay, what, protocol);
 }
 
 /* @name has a protocol: leave the path behind it if that is a local one. */
-static int strip_protocol(const char *overlay, const char *name, char **path)
+static int strip_protocol(const char *overlay, const char *what,
+			  const char *name, char **path)
 {
 	size_t len = strcspn(name, ":");
 	autofree char *protocol = xstrndup(name, len);
 
 	if (!is_file_driver(protocol))
-		return wrong_protocol(overlay, protocol);
+		return wrong_protocol(overlay, what, protocol);
 	*path = xstrdup(name + len + 1);
 	return EXIT_OK;
 }
@@ -70,8 +75,8 @@ static void flatten(struct json_object *options)
 }
 
 /* Reduce @options to one local file; what is left over in them is refused. */
-static int reduce(const char *overlay, struct json_object *options, char **path,
-		  int *format)
+static int reduce(const char *overlay, const char *what,
+		  struct json_object *options, char **path, int *format)
 {
 	autofree char *driver = take(options, "driver");
 	autofree char *protocol = take(options, "file.driver");
@@ -85,27 +90,27 @@ static int reduce(const char *overlay, struct json_object *options, char **path,
 		protocol = xstrdup(driver);
 		filename = take(options, "filename");
 	} else if (driver) {
-		return fail(EXIT_REFUSED, "%s: its backing file has the format '%s'; only raw and qcow2 can be attached",
-			    overlay, driver);
+		return fail(EXIT_REFUSED, "%s: its %s has the format '%s'; only raw and qcow2 can be attached",
+			    overlay, what, driver);
 	}
 	if (protocol && !is_file_driver(protocol))
-		return wrong_protocol(overlay, protocol);
+		return wrong_protocol(overlay, what, protocol);
 	json_object_object_foreach(options, key, value) {
 		(void)value;
-		return fail(EXIT_REFUSED, "%s: the json: name of its backing file has the option '%s'; only driver, file.driver and file.filename, all strings, can be followed",
-			    overlay, key);
+		return fail(EXIT_REFUSED, "%s: the json: name of its %s has the option '%s'; only driver, file.driver and file.filename, all strings, can be followed",
+			    overlay, what, key);
 	}
 	if (!filename || !*filename)
-		return fail(EXIT_REFUSED, "%s: the json: name of its backing file has no file.filename; correct it with qemu-img rebase -u",
-			    overlay);
+		return fail(EXIT_REFUSED, "%s: the json: name of its %s has no file.filename; correct it with qemu-img rebase -u",
+			    overlay, what);
 	if (!protocol && has_protocol(filename))
-		return strip_protocol(overlay, filename, path);
+		return strip_protocol(overlay, what, filename, path);
 	*path = xstrdup(filename);
 	return EXIT_OK;
 }
 
-static int resolve_json(const char *overlay, const char *text, char **path,
-			int *format)
+static int resolve_json(const char *overlay, const char *what, const char *text,
+			char **path, int *format)
 {
 	struct json_tokener *parser = json_tokener_new();
 	struct json_object *options = NULL;
@@ -118,27 +123,27 @@ static int resolve_json(const char *overlay, const char *text, char **path,
 		json_tokener_free(parser);
 	}
 	if (!complete || !json_object_is_type(options, json_type_object)) {
-		ret = fail(EXIT_REFUSED, "%s: the json: name of its backing file is not one JSON object; correct it with qemu-img rebase -u",
-			   overlay);
+		ret = fail(EXIT_REFUSED, "%s: the json: name of its %s is not one JSON object; correct it with qemu-img rebase -u",
+			   overlay, what);
 	} else {
 		flatten(options);
-		ret = reduce(overlay, options, path, format);
+		ret = reduce(overlay, what, options, path, format);
 	}
 	json_object_put(options);
 	return ret;
 }
 
-int backing_resolve(const char *overlay, const char *name, char **path,
-		    int *format)
+int backing_resolve(const char *overlay, const char *what, const char *name,
+		    char **path, int *format)
 {
 	const char *slash = strrchr(overlay, '/');
 	int dir = slash ? slash + 1 - overlay : 0;
 
 	*format = 0;
 	if (!strncmp(name, "json:", 5))
-		return resolve_json(overlay, name + 5, path, format);
+		return resolve_json(overlay, what, name + 5, path, format);
 	if (has_protocol(name))
-		return strip_protocol(overlay, name, path);
+		return strip_protocol(overlay, what, name, path);
 	*path = xasprintf("%.*s%s", *name == '/' ? 0 : dir, overlay, name);
 	return EXIT_OK;
 }

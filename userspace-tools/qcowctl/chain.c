@@ -31,8 +31,18 @@ const char *name_of_format(int format)
 	return format == QCOW_FORMAT_RAW ? "raw" : "qcow2";
 }
 
+/* The image that was opened last, behind which there may be its data file. */
+static struct chain_layer *last_image(const struct chain *chain)
+{
+	size_t i = chain->count - 1;
+
+	while (chain->layers[i].data)
+		i--;
+	return &chain->layers[i];
+}
+
 static int open_failed(const struct chain *chain, const char *path, bool write,
-		       int err)
+		       bool data, int err)
 {
 	const char *why = strerror(err);
 	struct rlimit limit;
@@ -49,12 +59,14 @@ static int open_failed(const struct chain *chain, const char *path, bool write,
 		return fail(exit_of_errno(err), "%s: cannot be opened for writing: %s; to attach it all the same, use --read-only",
 			    path, why);
 	if (chain->count)
-		return fail(exit_of_errno(err), "%s: %s; it is the backing file of %s",
-			    path, why, chain->layers[chain->count - 1].path);
+		return fail(exit_of_errno(err), "%s: %s; it is the %s file of %s",
+			    path, why, data ? "data" : "backing",
+			    last_image(chain)->path);
 	return fail(exit_of_errno(err), "%s: %s; check the image's name", path, why);
 }
 
-static int open_layer(struct chain *chain, const char *path, bool write)
+static int open_layer(struct chain *chain, const char *path, bool write,
+		      bool data)
 {
 	struct chain_layer *layer;
 	int flags = O_CLOEXEC | (write ? O_RDWR : O_RDONLY);
@@ -64,7 +76,7 @@ static int open_layer(struct chain *chain, const char *path, bool write)
 
 	/* Look first: opening a FIFO would wait, opening a tape would wind it. */
 	if (stat(path, &st))
-		return open_failed(chain, path, false, errno);
+		return open_failed(chain, path, false, data, errno);
 	if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
 		return fail(EXIT_REFUSED, "%s: neither a file nor a block device; name an image",
 			    path);
@@ -72,12 +84,14 @@ static int open_layer(struct chain *chain, const char *path, bool write)
 		flags |= O_EXCL;
 	fd = open(path, flags);
 	if (fd < 0)
-		return open_failed(chain, path, write, errno);
+		return open_failed(chain, path, write, data, errno);
 
 	chain->layers = xreallocarray(chain->layers, chain->count + 1,
 				      sizeof(*chain->layers));
 	layer = &chain->layers[chain->count++];
-	*layer = (struct chain_layer) { .path = xstrdup(path), .fd = fd };
+	*layer = (struct chain_layer) {
+		.path = xstrdup(path), .fd = fd, .data = data,
+	};
 	if (fstat(fd, &layer->st))
 		return fail(EXIT_SYSTEM, "%s: %s", path, strerror(errno));
 
@@ -95,7 +109,7 @@ static int open_layer(struct chain *chain, const char *path, bool write)
 static int format_missing(const struct chain *chain, const char *name)
 {
 	const struct chain_layer *layer = &chain->layers[chain->count - 1];
-	const struct chain_layer *overlay = layer - 1;
+	const struct chain_layer *overlay = layer[-1].data ? layer - 2 : layer - 1;
 	autofree char *plain = plain_path(overlay->path);
 	autofree char *image = shell_quote(plain);
 	autofree char *backing = shell_quote(name);
@@ -113,7 +127,7 @@ static int format_missing(const struct chain *chain, const char *name)
 static int follow(const struct chain *chain, const struct header *header,
 		  char **next, int *format)
 {
-	const char *path = chain->layers[chain->count - 1].path;
+	const char *path = last_image(chain)->path;
 	int declared = 0;
 	int ret;
 
@@ -123,7 +137,8 @@ static int follow(const struct chain *chain, const struct header *header,
 			return fail(EXIT_REFUSED, "%s: its backing file has the format '%s'; only raw and qcow2 can be attached",
 				    path, header->backing_format);
 	}
-	ret = backing_resolve(path, header->backing_name, next, format);
+	ret = backing_resolve(path, "backing file", header->backing_name, next,
+			      format);
 	if (!ret && declared && *format && declared != *format)
 		return fail(EXIT_REFUSED, "%s: it calls its backing file both %s and %s; mend it with qemu-img rebase -u",
 			    path, name_of_format(declared), name_of_format(*format));
@@ -132,8 +147,32 @@ static int follow(const struct chain *chain, const struct header *header,
 	return ret;
 }
 
+/* Open the data file of the last image, where @given or its header says it is. */
+static int open_data_file(struct chain *chain, const struct header *header,
+			  const char *given, bool write)
+{
+	const char *path = chain->layers[chain->count - 1].path;
+	autofree char *found = NULL;
+	int format;
+	int ret;
+
+	if (given && !header->has_data_file)
+		return fail(EXIT_REFUSED, "%s: has its data in itself; leave out --data-file",
+			    path);
+	if (!header->has_data_file)
+		return EXIT_OK;
+	if (!given && (!header->data_name || !*header->data_name))
+		return fail(EXIT_REFUSED, "%s: its header does not say where its external data file is; use --data-file",
+			    path);
+	if (given)
+		return open_layer(chain, given, write, true);
+	ret = backing_resolve(path, "data file", header->data_name, &found,
+			      &format);
+	return ret ?: open_layer(chain, found, write, true);
+}
+
 int chain_open(struct chain *chain, const char *image, bool read_only,
-	       int backing_format)
+	       const char *data_file, int backing_format)
 {
 	struct header header = { 0 };
 	int format = QCOW_FORMAT_QCOW2;
@@ -150,7 +189,10 @@ int chain_open(struct chain *chain, const char *image, bool read_only,
 	}
 
 	for (;;) {
-		ret = open_layer(chain, path, !read_only && !chain->count);
+		bool top = !chain->count;
+		bool write = top && !read_only;
+
+		ret = open_layer(chain, path, write, false);
 		if (ret)
 			break;
 		if (!format)
@@ -163,8 +205,11 @@ int chain_open(struct chain *chain, const char *image, bool read_only,
 		header_free(&header);
 		if (format == QCOW_FORMAT_RAW)
 			break;
-		ret = header_read(chain->layers[chain->count - 1].fd, path,
-				  chain->count == 1, &header);
+		ret = header_read(chain->layers[chain->count - 1].fd, path, top,
+				  &header);
+		if (!ret)
+			ret = open_data_file(chain, &header,
+					     top ? data_file : NULL, write);
 		if (ret || !header.backing_name)
 			break;
 		next = NULL;

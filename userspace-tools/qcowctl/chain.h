@@ -15,7 +15,8 @@
 /**
  * struct chain - an image and its backing files
  * @layers: the image first: the name that each was opened by, the descriptor,
- *          QCOW_FORMAT_*, and what it is, to find loops
+ *          QCOW_FORMAT_*, and what it is, to find loops. An external data file
+ *          follows its image, with @data set.
  * @count: how many there are
  */
 struct chain {
@@ -23,6 +24,7 @@ struct chain {
 		char *path;
 		int fd;
 		int format;
+		bool data;
 		struct stat st;
 	} *layers;
 	size_t count;
@@ -33,11 +35,13 @@ struct chain {
  * @chain: what was opened, for chain_close() also after an error
  * @image: path of the image
  * @read_only: open and lock the image for reading; the others always are
+ * @data_file: path of the image's external data file, or NULL for what its
+ *             header says
  * @backing_format: what backing files are whose format no header names, or 0 to
  *                  refuse them
  */
 int chain_open(struct chain *chain, const char *image, bool read_only,
-	       int backing_format);
+	       const char *data_file, int backing_format);
 void chain_close(struct chain *chain);
 
 /* QCOW_FORMAT_* of "raw" or "qcow2", 0 for any other name. */
@@ -45,13 +49,17 @@ int format_of_name(const char *name);
 const char *name_of_format(int format);
 
 /**
- * struct header - the part of a header that leads to the next file
+ * struct header - the part of a header that leads to other files
  * @backing_name: name of the backing file as it is written there, or NULL
  * @backing_format: its format's name, or NULL if the header does not say
+ * @has_data_file: there is an external data file
+ * @data_name: its name as it is written there, or NULL
  */
 struct header {
 	char *backing_name;
 	char *backing_format;
+	bool has_data_file;
+	char *data_name;
 };
 
 /* Read the header of a file that is said to be qcow2; @top: by the user. */
@@ -62,14 +70,15 @@ void header_free(struct header *header);
 bool has_qcow2_magic(int fd);
 
 /**
- * backing_resolve - find the file that a backing name means, as QEMU does
+ * backing_resolve - find the file that a name in a header means
  * @overlay: path by which the image was opened whose header has the name
+ * @what: "backing file" or "data file", for messages
  * @name: the name in the header, not empty
  * @path: the file's path, to be freed
  * @format: QCOW_FORMAT_* if the name itself says it (json:), else 0
  */
-int backing_resolve(const char *overlay, const char *name, char **path,
-		    int *format);
+int backing_resolve(const char *overlay, const char *what, const char *name,
+		    char **path, int *format);
 
 /**
  * lock_image - lock one file of a chain as QEMU would

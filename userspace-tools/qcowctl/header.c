@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A careful reader of the one thing that qcowctl needs from a qcow2 header: the
- * name and the format of the backing file. Nothing in the file is believed
+ * A careful reader of the one thing that qcowctl needs from a qcow2 header: which
+ * other files belong to the image. Nothing in the file is believed
  * before it was checked. Names follow docs/interop/qcow2 of QEMU.
  */
 #include <endian.h>
@@ -17,6 +17,8 @@
 #define QCOW2_MAGIC		0x514649fb
 #define EXT_END			0
 #define EXT_BACKING_FORMAT	0xe2792aca
+#define EXT_DATA_FILE		0x44415441
+#define INCOMPAT_DATA_FILE	(1 << 2)
 
 #define V2_HEADER_LENGTH	72
 #define V3_HEADER_LENGTH	104
@@ -73,7 +75,7 @@ static int damaged(const char *path, const char *what, uint64_t value)
 }
 
 /*
- * Find the backing format among the extensions of @cluster, which lie in
+ * Find what names files among the extensions of @cluster, which lie in
  * [@offset, @end).
  */
 static int read_extensions(const unsigned char *cluster, uint64_t offset,
@@ -96,6 +98,11 @@ static int read_extensions(const unsigned char *cluster, uint64_t offset,
 					       length);
 			free(header->backing_format);
 			header->backing_format =
+				xstrndup((const char *)cluster + offset, length);
+		}
+		if (type == EXT_DATA_FILE) {
+			free(header->data_name);
+			header->data_name =
 				xstrndup((const char *)cluster + offset, length);
 		}
 		offset += ((uint64_t)length + 7) & ~7ULL;
@@ -122,9 +129,12 @@ static int parse(const unsigned char *cluster, uint64_t size, const char *path,
 		length = get32(cluster + 100);
 		if (length < V3_HEADER_LENGTH || length > size)
 			return damaged(path, "header_length is", length);
+		header->has_data_file = get64(cluster + 72) & INCOMPAT_DATA_FILE;
 	}
 	if (!name_offset)
-		return EXIT_OK;
+		return header->has_data_file ?
+		       read_extensions(cluster, length, size, path, header) :
+		       EXIT_OK;
 	if (name_offset < length || name_offset > size)
 		return damaged(path, "backing_file_offset is", name_offset);
 	if (name_size > MAX_BACKING_NAME || name_size > size - name_offset)
@@ -136,8 +146,10 @@ static int parse(const unsigned char *cluster, uint64_t size, const char *path,
 	header->backing_name = xstrndup((const char *)cluster + name_offset,
 					name_size);
 	/* An empty name is none. */
-	if (!*header->backing_name)
-		header_free(header);
+	if (!*header->backing_name) {
+		free(header->backing_name);
+		header->backing_name = NULL;
+	}
 	return EXIT_OK;
 }
 
@@ -177,5 +189,6 @@ void header_free(struct header *header)
 {
 	free(header->backing_name);
 	free(header->backing_format);
+	free(header->data_name);
 	*header = (struct header) { 0 };
 }

@@ -131,13 +131,14 @@ static struct qcow_device *qcow_device_of(struct device *dev)
 	return dev_to_disk(dev)->private_data;
 }
 
-static ssize_t image_show(struct device *dev, struct device_attribute *attr,
-			  char *buf)
+static ssize_t qcow_path_show(struct file *file, char *buf)
 {
-	char *path = file_path(qcow_device_of(dev)->files[0], buf,
-			       PAGE_SIZE - 1);
+	char *path;
 	size_t len;
 
+	if (!file)
+		return 0;
+	path = file_path(file, buf, PAGE_SIZE - 1);
 	if (IS_ERR(path))
 		return PTR_ERR(path);
 	len = strlen(path);
@@ -146,7 +147,20 @@ static ssize_t image_show(struct device *dev, struct device_attribute *attr,
 	buf[len] = '\0';
 	return len;
 }
+
+static ssize_t image_show(struct device *dev, struct device_attribute *attr,
+			  char *buf)
+{
+	return qcow_path_show(qcow_device_of(dev)->files[0], buf);
+}
 static DEVICE_ATTR_RO(image);
+
+static ssize_t data_file_show(struct device *dev, struct device_attribute *attr,
+			      char *buf)
+{
+	return qcow_path_show(qcow_device_of(dev)->files[1], buf);
+}
+static DEVICE_ATTR_RO(data_file);
 
 static ssize_t damage_show(struct device *dev, struct device_attribute *attr,
 			   char *buf)
@@ -200,6 +214,7 @@ QCOW_STATUS_ATTR(cache_misses, cache_misses);
 
 static struct attribute *qcow_attrs[] = {
 	&dev_attr_image.attr,
+	&dev_attr_data_file.attr,
 	&dev_attr_damage.attr,
 	&dev_attr_format_version.attr,
 	&dev_attr_virtual_size.attr,
