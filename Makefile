@@ -20,7 +20,8 @@ help:
 	@echo '  clean'
 	@echo
 	@echo 'Testing (installs what it needs on Debian; kernels go to the cache):'
-	@echo '  test       everything, under several kernels in virtual machines'
+	@echo '  test       everything, under several kernels in virtual machines;'
+	@echo '             QUICK=1 leaves out what takes long under the debug kernel'
 	@echo '  check      static checks'
 	@echo '  kunit      unit tests of the driver'
 	@echo '  coverage   which lines of the driver the tests execute'
@@ -51,7 +52,7 @@ clean:
 	test ! -e $(KDIR)/Makefile || $(kbuild) clean
 
 test:
-	tests/run
+	tests/run $(if $(QUICK),-q)
 
 check:
 	tests/setup

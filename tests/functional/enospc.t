@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # Where the image cannot grow, writes fail with ENOSPC, nothing else breaks, and writing goes on when there is room again.
 # kernels: 6.1 debug
+# quick: 6.1
 # timeout: 600
 
 # shellcheck source=tests/functional/cells.sh

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # When the image's storage fails, requests fail, nothing that was flushed is lost, and the image has no error.
 # kernels: 6.1 debug
+# quick: 6.1
 # timeout: 900
 
 # shellcheck source=tests/functional/cells.sh

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # File systems, partitions, swap and fstrim work on the device as on any disk.
 # kernels: 6.1 debug
+# quick: 6.1
 # timeout: 900
 # memory: 2048
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # No field of an image, whatever its value, does worse than fail the attach or the request that meets it.
 # kernels: 6.1 debug
+# quick: 6.1
 # timeout: 900
 
 # shellcheck source=tests/functional/cells.sh

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # Devices come and go against I/O, udev, killed tools and each other, and nothing stays behind.
 # kernels: 6.1 debug
+# quick: 6.1
 # timeout: 900
 
 # shellcheck source=tests/functional/cells.sh

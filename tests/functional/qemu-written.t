@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # Images that QEMU wrote read the same through the device, and reading changes nothing.
 # kernels: 6.1 debug
+# quick: 6.1
 # timeout: 900
 
 # shellcheck source=tests/functional/cells.sh
