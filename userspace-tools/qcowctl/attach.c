@@ -17,12 +17,15 @@
 #include "util.h"
 
 enum {
-	READ_ONLY, NUMBER, DISCARD, CACHE_SIZE, IO, FORMAT, BACKING_FORMAT, DATA_FILE,
+	READ_ONLY, SNAPSHOT, NUMBER, DISCARD, CACHE_SIZE, IO, FORMAT, BACKING_FORMAT,
+	DATA_FILE,
 };
 
 static const struct option_help option_help[] = {
 	[READ_ONLY] = { 'r', "read-only", NULL,
 		"neither write the image nor need to" },
+	[SNAPSHOT] = { 0, "snapshot", "ID|NAME",
+		"show this internal snapshot, read-only" },
 	[NUMBER] = { 'n', "number", "N",
 		"make /dev/qcowN (default: the lowest free number)" },
 	[DISCARD] = { 0, "discard", "MODE",
@@ -38,6 +41,8 @@ static const struct option_help option_help[] = {
 	[DATA_FILE] = { 0, "data-file", "FILE",
 		"IMAGE's external data file (default: what its header says)" },
 };
+
+_Static_assert(ARRAY_SIZE(option_help) <= MAX_OPTIONS, "room for the options");
 
 /* The place of option @which's value in @names, which is its number in the ABI. */
 static int choose(int which, const char *value, const char * const *names,
@@ -73,8 +78,14 @@ static int set_options(const char * const *options, struct qcow_attach *call)
 	int ret;
 
 	call->index = -1;
-	if (options[READ_ONLY])
+	if (options[READ_ONLY] || options[SNAPSHOT])
 		call->flags |= QCOW_ATTACH_READ_ONLY;
+	if (options[SNAPSHOT]) {
+		call->snapshot = (uintptr_t)options[SNAPSHOT];
+		call->snapshot_size = strlen(options[SNAPSHOT]);
+		if (!call->snapshot_size || call->snapshot_size > UINT16_MAX)
+			return fail(EXIT_USAGE, "attach: --snapshot needs the ID or the name of a snapshot; see qemu-img snapshot -l");
+	}
 	if (options[NUMBER]) {
 		if (!parse_number(options[NUMBER], INT_MAX, &number))
 			return fail(EXIT_USAGE, "attach: --number cannot be '%s'; give a number from 0 on",
@@ -189,7 +200,8 @@ static int run(const char * const *options, int count, char **operands)
 	ret = set_options(options, &call);
 	if (ret)
 		return ret;
-	ret = chain_open(&chain, operands[0], options[READ_ONLY],
+	ret = chain_open(&chain, operands[0],
+			 call.flags & QCOW_ATTACH_READ_ONLY,
 			 options[DATA_FILE],
 			 format ? format_of_name(format) : 0);
 	if (!ret)

@@ -81,7 +81,7 @@ bool same_file(const struct stat *a, const struct stat *b);
 /* The first line of a small file (of /sys or /proc), or NULL. */
 char *read_line(const char *path);
 
-#define MAX_OPTIONS	8
+#define MAX_OPTIONS	16
 
 /**
  * struct command - one of qcowctl's commands

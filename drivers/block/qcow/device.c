@@ -162,6 +162,15 @@ static ssize_t data_file_show(struct device *dev, struct device_attribute *attr,
 }
 static DEVICE_ATTR_RO(data_file);
 
+static ssize_t snapshot_show(struct device *dev, struct device_attribute *attr,
+			     char *buf)
+{
+	const char *name = qcow_device_of(dev)->chain->layers[0]->snapshot;
+
+	return name ? sysfs_emit(buf, "%s\n", name) : 0;
+}
+static DEVICE_ATTR_RO(snapshot);
+
 static ssize_t damage_show(struct device *dev, struct device_attribute *attr,
 			   char *buf)
 {
@@ -215,6 +224,7 @@ QCOW_STATUS_ATTR(cache_misses, cache_misses);
 static struct attribute *qcow_attrs[] = {
 	&dev_attr_image.attr,
 	&dev_attr_data_file.attr,
+	&dev_attr_snapshot.attr,
 	&dev_attr_damage.attr,
 	&dev_attr_format_version.attr,
 	&dev_attr_virtual_size.attr,
@@ -395,6 +405,7 @@ static int qcow_device_close_chain(struct qcow_device *dev)
 static int qcow_device_open_chain(struct qcow_device *dev,
 				  const struct qcow_attach *args,
 				  const struct qcow_layer *layers,
+				  const char *snapshot,
 				  struct qcow_message *msg)
 {
 	struct qcow_chain *chain;
@@ -410,6 +421,7 @@ static int qcow_device_open_chain(struct qcow_device *dev,
 		struct qcow_image_source source = {
 			.file = dev->files[2 * i],
 			.data = dev->files[2 * i + 1],
+			.snapshot = i ? NULL : snapshot,
 			.format = layers[i].format,
 			.io_mode = args->io_mode,
 			.writable = !i && !dev->read_only,
@@ -533,6 +545,7 @@ static void qcow_detach_work_fn(struct work_struct *work);
  * qcow_device_attach - make a device
  * @args: what kind of; its numbers have been checked
  * @layers: the files, in kernel memory; @args->layer_count of them
+ * @snapshot: ID or name of the snapshot to show, or NULL
  * @msg: where to say what is wrong
  * @index: its number
  *
@@ -543,7 +556,7 @@ static void qcow_detach_work_fn(struct work_struct *work);
  * or another errno, with @msg saying more.
  */
 int qcow_device_attach(const struct qcow_attach *args,
-		       const struct qcow_layer *layers,
+		       const struct qcow_layer *layers, const char *snapshot,
 		       struct qcow_message *msg, int *index)
 {
 	struct qcow_image *image;
@@ -584,7 +597,7 @@ int qcow_device_attach(const struct qcow_attach *args,
 	err = qcow_device_check_loop(dev, msg);
 	if (err)
 		goto err_files;
-	err = qcow_device_open_chain(dev, args, layers, msg);
+	err = qcow_device_open_chain(dev, args, layers, snapshot, msg);
 	if (err)
 		goto err_files;
 	err = qcow_requests_init(dev);

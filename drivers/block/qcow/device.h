@@ -91,7 +91,7 @@ void qcow_requests_exit(struct qcow_device *dev);
 /* ---- device.c ------------------------------------------------------------ */
 
 int qcow_device_attach(const struct qcow_attach *args,
-		       const struct qcow_layer *layers,
+		       const struct qcow_layer *layers, const char *snapshot,
 		       struct qcow_message *msg, int *index);
 int qcow_device_detach(int index, bool deferred);
 int qcow_device_status(struct qcow_status *status);

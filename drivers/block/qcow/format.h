@@ -105,6 +105,31 @@ struct qcow_disk_feature {
 	char name[46];		/* not necessarily NUL-terminated */
 } __packed;
 
+/**
+ * struct qcow_disk_snapshot - an entry of the snapshot table
+ *
+ * Extra data, ID and name follow, and padding to a multiple of 8 bytes.
+ */
+struct qcow_disk_snapshot {
+	__be64 l1_table_offset;
+	__be32 l1_size;
+	__be16 id_str_size;
+	__be16 name_size;
+	__be32 date_sec;
+	__be32 date_nsec;
+	__be64 vm_clock_nsec;
+	__be32 vm_state_size;
+	__be32 extra_data_size;
+} __packed;
+
+/**
+ * struct qcow_disk_snapshot_extra - the extra data that is of interest
+ */
+struct qcow_disk_snapshot_extra {
+	__be64 vm_state_size_large;
+	__be64 disk_size;
+} __packed;
+
 /* L1 table entries */
 #define QCOW_L1_OFFSET_MASK		0x00fffffffffffe00ULL
 #define QCOW_L1_RESERVED_MASK		0x7f000000000001ffULL

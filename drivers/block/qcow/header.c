@@ -33,9 +33,6 @@
 #define QCOW_MAX_BITMAPS			65535U
 #define QCOW_MAX_BITMAP_DIRECTORY_BYTES		(65535ULL * 1024)
 
-/* An entry of the snapshot table without its variable part. */
-#define QCOW_SNAPSHOT_ENTRY_MIN_BYTES		40U
-
 #define QCOW_FEATURE_INCOMPATIBLE		0
 
 /* Data of the bitmaps extension */
@@ -415,7 +412,7 @@ static int check_tables(const struct qcow_header *header, u32 cluster_size,
 		.offset_field = "snapshots_offset",
 		.offset = header->snapshots_offset,
 		.entries = header->nb_snapshots,
-		.entry_bytes = QCOW_SNAPSHOT_ENTRY_MIN_BYTES,
+		.entry_bytes = sizeof(struct qcow_disk_snapshot),
 	};
 	const struct qcow_table l1 = {
 		.what = "L1 table",
@@ -470,8 +467,18 @@ static int check_tables(const struct qcow_header *header, u32 cluster_size,
 	return ret;
 }
 
-/* The L1 table may be larger than the disk needs (VM state), never smaller. */
-static int check_size(const struct qcow_header *header, struct qcow_message *msg)
+/**
+ * qcow_header_check_size() - does the L1 table cover the disk
+ * @header: with @size, @l1_size and the widths
+ * @msg: set when it does not; may be NULL
+ *
+ * It may be larger (for VM state), never smaller.
+ *
+ * Context: any.
+ * Return: 0; -EFBIG if the disk is too big; -EINVAL if the table is too small.
+ */
+int qcow_header_check_size(const struct qcow_header *header,
+			   struct qcow_message *msg)
 {
 	/* One L1 entry maps as many clusters as an L2 table has entries. */
 	u32 shift = header->cluster_bits + header->l2_bits;
@@ -699,7 +706,7 @@ static int check_header(const void *buf, u32 cluster_size, bool writable,
 	ret = check_tables(header, cluster_size, writable, msg);
 	if (ret)
 		return ret;
-	ret = check_size(header, msg);
+	ret = qcow_header_check_size(header, msg);
 	if (ret)
 		return ret;
 	ret = parse_extensions(buf, cluster_size, header, msg);

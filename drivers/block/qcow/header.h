@@ -77,4 +77,7 @@ int qcow_header_cluster_size(const void *buf, size_t len, u32 *cluster_size,
 int qcow_header_parse(const void *buf, size_t len, bool writable,
 		      struct qcow_header *header, struct qcow_message *msg);
 
+int qcow_header_check_size(const struct qcow_header *header,
+			   struct qcow_message *msg);
+
 #endif /* QCOW_HEADER_H */

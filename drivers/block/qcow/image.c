@@ -170,7 +170,8 @@ out:
 	return err;
 }
 
-static int qcow_open_qcow2(struct qcow_image *image, struct qcow_message *msg)
+static int qcow_open_qcow2(struct qcow_image *image, const char *snapshot,
+			   struct qcow_message *msg)
 {
 	struct qcow_header *header = &image->header;
 	int err;
@@ -189,6 +190,14 @@ static int qcow_open_qcow2(struct qcow_image *image, struct qcow_message *msg)
 	image->refblock_bits = header->cluster_bits + 3 - header->refcount_order;
 	image->reftable_offset = header->refcount_table_offset;
 	image->reftable_clusters = header->refcount_table_clusters;
+	if (snapshot) {
+		image->snapshot = kstrdup(snapshot, GFP_KERNEL);
+		if (!image->snapshot)
+			return -ENOMEM;
+		err = qcow_snapshot_select(image, snapshot, msg);
+		if (err)
+			return err;
+	}
 	image->size = round_down(header->size, QCOW_SECTOR);
 	return 0;
 }
@@ -238,12 +247,9 @@ static int qcow_open_writable(struct qcow_image *image,
 		return err;
 	image->epoch_ready = true;
 
-	err = qcow_overlap_init(image);
-	if (err) {
-		qcow_message_set(msg, "cannot read its L1 or refcount table: error %d",
-				 -err);
+	err = qcow_overlap_init(image, msg);
+	if (err)
 		return err;
-	}
 
 	/* What the bits stand for that the driver does not maintain is no longer so. */
 	if (header->autoclear & ~maintained)
@@ -274,6 +280,7 @@ static void qcow_image_free(struct qcow_image *image)
 	qcow_file_release(&image->data);
 	qcow_file_release(&image->file);
 	qcow_cache_put(image->cache);
+	kfree(image->snapshot);
 	kfree(image);
 }
 
@@ -325,8 +332,9 @@ static bool qcow_image_uses(const struct qcow_image *image,
 }
 
 /*
- * Find an image that is open already and can be shared: the same files in the
- * same format, and doing the I/O that is asked for. NULL if there is none.
+ * Find an image that is open already and can be shared: the same disk of the same
+ * files in the same format, and doing the I/O that is asked for. NULL if there is
+ * none.
  */
 static struct qcow_image *
 qcow_image_find(const struct qcow_image_source *source, struct qcow_message *msg)
@@ -347,6 +355,7 @@ qcow_image_find(const struct qcow_image_source *source, struct qcow_message *msg
 		}
 		if (qcow_same_file(image->file.file, source->file) &&
 		    qcow_same_file(image->data.file, source->data) &&
+		    !strcmp(image->snapshot ?: "", source->snapshot ?: "") &&
 		    image->format == source->format &&
 		    (source->io_mode == QCOW_IO_AUTO ||
 		     image->file.direct == direct))
@@ -430,7 +439,7 @@ int qcow_image_open(const struct qcow_image_source *source,
 	if (source->format == QCOW_FORMAT_RAW)
 		image->size = round_up(qcow_file_size(&image->file), QCOW_SECTOR);
 	else
-		err = qcow_open_qcow2(image, msg) ?:
+		err = qcow_open_qcow2(image, source->snapshot, msg) ?:
 		      qcow_open_data_file(image, source, msg);
 	if (!err && source->writable)
 		err = qcow_open_writable(image, msg);

@@ -27,6 +27,7 @@
 #define QCOW_MAX_LAYERS		65535
 #define QCOW_LAYER_MIN		16	/* the first version of struct qcow_layer */
 #define QCOW_MAX_PATH		SZ_64K
+#define QCOW_MAX_SNAPSHOT_NAME	U16_MAX
 
 /*
  * Fill in a struct from the caller's, whose size its first member tells. That is
@@ -67,6 +68,12 @@ static int qcow_message_copy_out(const struct qcow_attach *args,
 
 static int qcow_attach_check(const struct qcow_attach *args)
 {
+	bool snapshot = args->snapshot;
+
+	if (snapshot != !!args->snapshot_size || args->reserved ||
+	    args->snapshot_size > QCOW_MAX_SNAPSHOT_NAME ||
+	    (snapshot && !(args->flags & QCOW_ATTACH_READ_ONLY)))
+		return -EINVAL;
 	if (args->flags & ~QCOW_ATTACH_FLAGS_ALL || args->index < -1 ||
 	    args->discard > QCOW_DISCARD_KEEP ||
 	    args->io_mode > QCOW_IO_BUFFERED)
@@ -108,6 +115,7 @@ static int qcow_ctl_attach(void __user *arg)
 	struct qcow_message msg = {};
 	struct qcow_layer *layers;
 	struct qcow_attach args;
+	char *snapshot = NULL;
 	u32 user_size;
 	int err, index;
 
@@ -122,16 +130,21 @@ static int qcow_ctl_attach(void __user *arg)
 	if (err)
 		return err;
 
+	if (args.snapshot) {
+		snapshot = memdup_user_nul(u64_to_user_ptr(args.snapshot),
+					   args.snapshot_size);
+		if (IS_ERR(snapshot))
+			return PTR_ERR(snapshot);
+	}
 	layers = kvcalloc(args.layer_count, sizeof(*layers), GFP_KERNEL);
-	if (!layers)
-		return -ENOMEM;
-	err = qcow_copy_layers(&args, layers);
+	err = layers ? qcow_copy_layers(&args, layers) : -ENOMEM;
 	if (!err) {
-		err = qcow_device_attach(&args, layers, &msg, &index);
+		err = qcow_device_attach(&args, layers, snapshot, &msg, &index);
 		if (err)
 			qcow_message_copy_out(&args, &msg);
 	}
 	kvfree(layers);
+	kfree(snapshot);
 	if (err)
 		return err;
 

@@ -211,13 +211,43 @@ static int qcow_overlap_add_entries(struct qcow_image *image,
 	return err;
 }
 
+static int qcow_overlap_add_snapshots(struct qcow_image *image,
+				      struct qcow_message *msg)
+{
+	const struct qcow_header *header = &image->header;
+	struct qcow_snapshot snapshot = {};
+	int err;
+	u32 i;
+
+	for (i = 0; i < header->nb_snapshots; i++) {
+		err = fatal_signal_pending(current) ? -EINTR :
+			qcow_snapshot_next(image, &snapshot, msg);
+		if (err)
+			return err;
+		/* What cannot be a table is of concern to who uses it. */
+		if (!(snapshot.l1_table_offset & (qcow_cluster_size(image) - 1)) &&
+		    snapshot.l1_table_offset < QCOW_MAX_HOST_OFFSET &&
+		    snapshot.l1_size <= QCOW_MAX_L1_BYTES / sizeof(__be64))
+			qcow_overlap_add(image, QCOW_METADATA_SNAPSHOT_L1,
+					 snapshot.l1_table_offset,
+					 snapshot.l1_size * sizeof(__be64));
+		cond_resched();
+	}
+	qcow_overlap_add(image, QCOW_METADATA_SNAPSHOTS,
+			 header->snapshots_offset, snapshot.next ?
+			 snapshot.next - header->snapshots_offset : 0);
+	return 0;
+}
+
 /**
  * qcow_overlap_init - find the metadata of an image
  * @image: a writable image that is being opened
+ * @msg: where to say what is wrong
  *
- * Return: 0, -ENOMEM, -EINTR, or the errno of a read.
+ * Return: 0, -ENOMEM, -EINTR, -EINVAL or -EFBIG if the snapshot table is damaged,
+ * or the errno of a read.
  */
-int qcow_overlap_init(struct qcow_image *image)
+int qcow_overlap_init(struct qcow_image *image, struct qcow_message *msg)
 {
 	const struct qcow_header *header = &image->header;
 	u64 l1_bytes = (u64)header->l1_size * sizeof(__be64);
@@ -233,10 +263,17 @@ int qcow_overlap_init(struct qcow_image *image)
 	qcow_overlap_add(image, QCOW_METADATA_BITMAPS,
 			 header->bitmap_directory_offset,
 			 header->bitmap_directory_size);
+	err = qcow_overlap_add_snapshots(image, msg);
+	if (err)
+		return err;
 	err = qcow_overlap_add_entries(image, QCOW_METADATA_REFBLOCK,
 				       header->refcount_table_offset,
-				       reftable_bytes, QCOW_RT_OFFSET_MASK);
-	return err ?: qcow_overlap_add_entries(image, QCOW_METADATA_L2,
-					       header->l1_table_offset,
-					       l1_bytes, QCOW_L1_OFFSET_MASK);
+				       reftable_bytes, QCOW_RT_OFFSET_MASK) ?:
+	      qcow_overlap_add_entries(image, QCOW_METADATA_L2,
+				       header->l1_table_offset, l1_bytes,
+				       QCOW_L1_OFFSET_MASK);
+	if (err)
+		qcow_message_set(msg, "cannot read its L1 or refcount table: error %d",
+				 -err);
+	return err;
 }

@@ -294,6 +294,7 @@ struct qcow_image {
 	struct qcow_file file;
 	struct qcow_file data;		/* external data file, if there is one */
 	bool data_raw;			/* @data reads as the disk does */
+	char *snapshot;			/* ID or name of the one that is shown */
 	u32 format;			/* QCOW_FORMAT_* */
 	bool writable;
 	struct qcow_header header;	/* as it was at attach */
@@ -417,13 +418,15 @@ static inline bool qcow_image_has(const struct qcow_image *image,
  * struct qcow_image_source - what an image is opened from
  * @file: the file, as userspace opened it
  * @data: its external data file, or NULL
+ * @snapshot: ID or name of the internal snapshot to show, or NULL for the disk
  * @format: QCOW_FORMAT_*
  * @io_mode: QCOW_IO_*
- * @writable: whether it is going to be written
+ * @writable: whether it is going to be written; not with @snapshot
  */
 struct qcow_image_source {
 	struct file *file;
 	struct file *data;
+	const char *snapshot;
 	u32 format;
 	u32 io_mode;
 	bool writable;
@@ -499,6 +502,33 @@ void qcow_free_discard(struct qcow_image *image, struct qcow_free *free);
 void qcow_free_queue_locked(struct qcow_image *image, struct qcow_free *free);
 void qcow_free_reclaim(struct qcow_image *image, struct qcow_free *free);
 
+/* ---- snapshot.c: internal snapshots ------------------------------------- */
+
+/**
+ * struct qcow_snapshot - an entry of the snapshot table, not checked yet
+ * @l1_table_offset: host offset, bytes
+ * @l1_size: entries
+ * @size: of the disk, bytes
+ * @id_offset: where its ID is, bytes; the name follows
+ * @id_size: bytes
+ * @name_size: bytes
+ * @next: where the next entry is
+ */
+struct qcow_snapshot {
+	u64 l1_table_offset;
+	u32 l1_size;
+	u64 size;
+	u64 id_offset;
+	u32 id_size;
+	u32 name_size;
+	u64 next;
+};
+
+int qcow_snapshot_next(struct qcow_image *image, struct qcow_snapshot *snapshot,
+		       struct qcow_message *msg);
+int qcow_snapshot_select(struct qcow_image *image, const char *wanted,
+			 struct qcow_message *msg);
+
 /* ---- overlap.c: where metadata is --------------------------------------- */
 
 /* enum qcow_metadata - what a host cluster may be that is not data */
@@ -513,7 +543,7 @@ enum qcow_metadata {
 	QCOW_METADATA_BITMAPS,
 };
 
-int qcow_overlap_init(struct qcow_image *image);
+int qcow_overlap_init(struct qcow_image *image, struct qcow_message *msg);
 void qcow_overlap_add(struct qcow_image *image, enum qcow_metadata kind,
 		      u64 host_offset, u64 length);
 void qcow_overlap_remove(struct qcow_image *image, u64 host_offset, u64 length);

@@ -77,6 +77,10 @@ struct qcow_layer {
  * @message_size: size of the buffer at @message in bytes, or 0
  * @layers: pointer to struct qcow_layer[@layer_count]
  * @cache_limit: most bytes of cached tables, 0 for the default
+ * @snapshot: pointer to the ID or the name of the internal snapshot to show in
+ *            place of the disk, needs QCOW_ATTACH_READ_ONLY; or 0
+ * @snapshot_size: its length in bytes, without a terminator; not 0 with @snapshot
+ * @reserved: 0
  * @message: pointer to a buffer for one line of text, NUL-terminated, which says
  *           why the attach failed; empty where the error number says it all
  *
@@ -95,6 +99,9 @@ struct qcow_attach {
 	__u64 layers;
 	__u64 cache_limit;
 	__u64 message;
+	__u64 snapshot;
+	__u32 snapshot_size;
+	__u32 reserved;
 };
 
 #define QCOW_DETACH_DEFERRED	(1U << 0)	/* when the last opener closes */

@@ -1,0 +1,125 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-only
+# An internal snapshot is attached by ID or name, shows what it was taken of, and stays that way.
+# kernels: 6.1 debug
+# timeout: 300
+
+# shellcheck source=tests/functional/cells.sh
+. "$(dirname "$0")/cells.sh"
+
+need_driver
+cd "$WORK" || exit
+
+# shows DESC IMAGE SNAPSHOT [RAW]: what qemu-img makes of the snapshot, or RAW
+shows() {
+	local raw=${4-}
+
+	if [[ ! $raw ]]; then
+		raw=want.raw
+		qemu-img convert -f qcow2 -l "snapshot.name=$3" -O raw "$2" $raw
+	fi
+	if ! attach --snapshot="$3" "$2"; then
+		return
+	fi
+	is "$1: the size" "$(blockdev --getsize64 "$DEV")" "$(stat -c %s "$raw")"
+	is "$1: read-only" "$(blockdev --getro "$DEV")" 1
+	ok "$1: the content" cmp "$raw" "$DEV"
+	is "$1: sysfs" "$(</sys/block/"${DEV#/dev/}"/qcow/snapshot)" "$3"
+	detach
+}
+
+# refused DESC CODE REGEX ARGUMENT...
+refused() {
+	local desc=$1 code=$2 regex=$3 status
+
+	shift 3
+	"$QCOWCTL" attach "$@" >/dev/null 2>"$WORK/.err"
+	status=$?
+	is "$desc: exit code" "$status" "$code"
+	like "$desc: message" "$(<"$WORK/.err")" "$regex"
+	is "$desc: one line" "$(wc -l <"$WORK/.err")" 1
+}
+
+# Three snapshots; the names of two are the IDs of others.
+for options in compat=0.10 compat=1.1,cluster_size=512 \
+	compat=1.1,cluster_size=16k,extended_l2=on; do
+	rm -f snap.qcow2
+	qemu-img create -q -f qcow2 -o "$options" snap.qcow2 2M
+	qemu-io -f qcow2 -c 'write -q -P 1 0 300k' snap.qcow2
+	qemu-img snapshot -c one snap.qcow2
+	qemu-io -f qcow2 -c 'write -q -P 2 100k 1M' -c 'discard -q 0 64k' snap.qcow2
+	qemu-img convert -f qcow2 -O raw snap.qcow2 second.raw
+	qemu-img snapshot -c 3 snap.qcow2
+	qemu-io -f qcow2 -c 'write -q -P 3 0 2M' snap.qcow2
+	qemu-img convert -f qcow2 -O raw snap.qcow2 third.raw
+	qemu-img snapshot -c 'a b' snap.qcow2
+	shows "$options, by name" snap.qcow2 one
+	shows "$options, by ID" snap.qcow2 2 second.raw
+	shows "$options, an ID goes before a name" snap.qcow2 3 third.raw
+	shows "$options, a name with a space" snap.qcow2 'a b'
+done
+
+refused "no such snapshot" 5 "no snapshot with the ID or the name 'four'" \
+	--snapshot=four snap.qcow2
+refused "no name" 2 "needs the ID or the name" --snapshot= snap.qcow2
+
+# Snapshots of another size, and above a backing file
+qemu-img create -q -f qcow2 size.qcow2 1M
+qemu-io -f qcow2 -c 'write -q -P 4 512k 512k' size.qcow2
+qemu-img convert -f qcow2 -O raw size.qcow2 small.raw
+qemu-img snapshot -c small size.qcow2
+qemu-img resize -q size.qcow2 70M
+qemu-io -f qcow2 -c 'write -q -P 5 60M 64k' size.qcow2
+qemu-img convert -f qcow2 -O raw size.qcow2 large.raw
+qemu-img snapshot -c large size.qcow2
+qemu-img resize -q --shrink size.qcow2 5M
+# (Of these qemu-img shows as much as the disk has now.)
+shows "smaller than the disk" size.qcow2 small small.raw
+shows "larger than the disk" size.qcow2 large large.raw
+qemu-img create -q -f qcow2 -b third.raw -F raw top.qcow2 3M
+qemu-io -f qcow2 -c 'write -q -P 6 0 64k' top.qcow2
+qemu-img snapshot -c above top.qcow2
+qemu-io -f qcow2 -c 'write -q -z 0 3M' top.qcow2
+shows "above a backing file" top.qcow2 above
+
+# Beside each other
+attach --read-only size.qcow2
+disk=$DEV
+attach --snapshot small size.qcow2
+small=$DEV
+attach --snapshot small size.qcow2
+again=$DEV
+is "disk and snapshots beside each other" \
+	"$(blockdev --getsize64 "$disk" "$small" "$again" | paste -sd' ')" \
+	"5242880 1048576 1048576"
+not_ok "not beside a writer" try_attach size.qcow2
+for DEV in "$disk" "$small" "$again"; do
+	detach
+done
+
+# The table may be anything.
+table=$((0x$(od -An -tx8 --endian=big -j64 -N8 size.qcow2 | tr -d ' ')))
+damaged() {
+	cp size.qcow2 bad.qcow2
+	put_bytes bad.qcow2 $((table + $2)) "$3"
+	refused "$1" 3 "$4" --snapshot=small bad.qcow2
+}
+damaged "L1 table not aligned" 0 0000000000040001 'cannot be right'
+damaged "L1 table at 2^63" 0 8000000000000000 'cannot be right'
+damaged "L1 table of 2^32-1 entries" 8 ffffffff 'cannot be right'
+damaged "L1 table too small" 8 00000000 'too small'
+damaged "extra data of 2^32-1 bytes" 36 ffffffff 'extra data'
+damaged "a disk of 2^64-1 bytes" 48 ffffffffffffffff 'too big'
+cp size.qcow2 bad.qcow2
+put_bytes bad.qcow2 60 00010000
+refused "more entries than there are" 5 'no snapshot' --snapshot=x bad.qcow2
+
+# A write to the disk, attached meanwhile, does not show.
+attach size.qcow2
+qcow-diff --quiet --seed 7 --ops 500 "$DEV" >/dev/null || fail "qcow-diff"
+detach
+shows "after writes to the disk" size.qcow2 small small.raw
+ok "the image is clean" is_clean size.qcow2
+
+no_kernel_report
+done_testing
