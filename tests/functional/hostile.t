@@ -119,20 +119,6 @@ head -c 512 /dev/urandom >bad.qcow2
 refused_empty "noise"
 
 # The features that are not there are refused by name.
-# by_name FEATURE REGEX OPTIONS
-by_name() {
-	if ! qemu-img create -q -f qcow2 -o "$3" feature.qcow2 8M 2>"$WORK/.err"; then
-		skip "$1 is refused by name" "qemu-img cannot make it"
-		return
-	fi
-	if try_attach "$PWD/feature.qcow2"; then
-		fail "$1 is refused by name"
-		try_detach
-	else
-		like "$1 is refused by name" "$(<"$WORK/.err")" "$2"
-	fi
-}
-by_name "zstd compression" '[Cc]ompression|zstd' compression_type=zstd
 qemu-img create -q --object secret,id=s,data=abc -f qcow2 \
 	-o encrypt.format=aes,encrypt.key-secret=s aes.qcow2 8M 2>/dev/null
 if [[ -e aes.qcow2 ]]; then
@@ -142,19 +128,13 @@ else
 	skip "encryption is refused by name" "qemu-img cannot make it"
 fi
 
-# A compressed cluster reads right or not at all.
+# A compressed cluster reads right.
 head -c 65536 /dev/zero | tr '\0' C >plain
 head -c 1M /dev/urandom >>plain
 qemu-img convert -c -f raw -O qcow2 plain comp.qcow2
-if try_attach --read-only "$PWD/comp.qcow2"; then
-	if dd if="$DEV" of=got bs=64k count=1 iflag=direct 2>"$WORK/.err"; then
-		ok "a compressed cluster reads right" cmp -n 65536 got plain
-	else
-		like "a compressed cluster gives an I/O error" "$(<"$WORK/.err")" 'Input/output'
-	fi
+if attach --read-only "$PWD/comp.qcow2"; then
+	ok "a compressed cluster reads right" cmp -n 1048576 "$DEV" plain
 	detach
-else
-	like "compressed clusters are refused by name" "$(<"$WORK/.err")" '[Cc]ompress'
 fi
 
 # The tables. Attach may refuse; where it does not, requests that meet the

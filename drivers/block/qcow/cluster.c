@@ -404,7 +404,19 @@ static void qcow_frees_add_entry(struct qcow_image *image,
 				 struct qcow_l2_entry entry, bool punch)
 {
 	u64 host_offset = entry.descriptor & QCOW_L2_OFFSET_MASK;
+	u64 cluster, last;
+	u32 length;
 
+	if (entry.descriptor & QCOW_OFLAG_COMPRESSED) {
+		/* It has a reference to each cluster that it touches. */
+		qcow_packed_range(image, entry.descriptor, &host_offset,
+				  &length);
+		cluster = host_offset >> image->cluster_bits;
+		last = (host_offset + length - 1) >> image->cluster_bits;
+		for (; cluster <= last; cluster++)
+			qcow_frees_add(image, frees, cluster, punch);
+		return;
+	}
 	if (host_offset && !qcow_is_external(image))
 		qcow_frees_add(image, frees, host_offset >> image->cluster_bits,
 			       punch);
@@ -692,7 +704,7 @@ static int qcow_zero_data(struct qcow_chain *chain, u64 guest_offset,
 		qcow_image_exit(image, epoch);
 		if (err)
 			return err;
-		if (extent.type == QCOW_EXTENT_DATA &&
+		if (extent.type != QCOW_EXTENT_ZERO &&
 		    !(extent.in_place && extent.image == image)) {
 			err = qcow_write_begin(chain, guest_offset,
 					       extent.length, &write);
@@ -750,7 +762,10 @@ static struct qcow_l2_entry qcow_clear_entry(struct qcow_chain *chain,
 {
 	struct qcow_image *image = chain->layers[0];
 
-	*freed = false;
+	*freed = entry.descriptor & QCOW_OFLAG_COMPRESSED;
+	/* The place of compressed data is of no use to anything else. */
+	if (*freed)
+		return qcow_zero_entry(image, 0);
 	if (!(entry.descriptor & QCOW_L2_OFFSET_MASK) &&
 	    !(qcow_is_external(image) && entry.descriptor & QCOW_OFLAG_COPIED)) {
 		/* Only a zero flag hides what the layers below have. */
@@ -921,6 +936,7 @@ static int qcow_zero_subclusters(struct qcow_chain *chain, u64 guest_offset,
 	struct qcow_l2_state state;
 	struct qcow_range range;
 	struct qcow_block *block;
+	bool packed = false;
 	unsigned int index;
 	int err;
 
@@ -938,6 +954,10 @@ static int qcow_zero_subclusters(struct qcow_chain *chain, u64 guest_offset,
 	err = qcow_l2_classify(image, entry, guest_offset, &state);
 	if (err)
 		goto out_put;
+	packed = state.type == QCOW_EXTENT_COMPRESSED;
+	/* It has no subclusters before it is written. */
+	if (packed)
+		goto out_put;
 	entry.bitmap = (entry.bitmap & ~mask) | mask << 32;
 	spin_lock_irq(&image->lock);
 	qcow_l2_store_locked(image, block, index, entry);
@@ -951,7 +971,8 @@ out_put:
 	qcow_block_put(block);
 out_unlock:
 	qcow_range_unlock(image, &range);
-	return err;
+	return packed ? qcow_zero_data(chain, guest_offset, length, false) :
+			err;
 }
 
 /* Zero a part of one cluster, as data where there are no flags for it. */

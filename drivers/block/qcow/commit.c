@@ -370,6 +370,7 @@ static int qcow_reclaim_run(struct qcow_image *image, struct qcow_free *free)
 			err = qcow_cache_drop(image, pos, len);
 			if (err)
 				return err;
+			qcow_unpack_drop(image, pos, len);
 			if (free->punch)
 				err = qcow_file_punch(&image->file, pos, len);
 			trace_qcow_free(image, pos, len, err);

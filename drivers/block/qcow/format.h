@@ -142,6 +142,12 @@ struct qcow_disk_snapshot_extra {
 #define QCOW_L2_OFFSET_MASK		0x00fffffffffffe00ULL
 #define QCOW_L2_RESERVED_MASK		0x3f000000000001feULL
 
+/*
+ * The descriptor of a compressed cluster is another one: the byte where it begins
+ * in the lowest bits, and above, up to bit 61, the sectors it touches, less one.
+ */
+#define QCOW_PACKED_OFFSET_BITS(cluster_bits)	(62 - ((cluster_bits) - 8))
+
 #define QCOW_SUBCLUSTERS		32U
 /* Subclusters are not smaller than a sector. */
 #define QCOW_EXTENDED_MIN_CLUSTER_BITS	14

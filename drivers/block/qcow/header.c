@@ -280,15 +280,6 @@ static int refuse_feature(struct qcow_message *msg, const char *feature)
 	return -EOPNOTSUPP;
 }
 
-/* Features of the format that are valid, and that the driver cannot do. */
-static int check_supported_features(const struct qcow_header *header,
-				    struct qcow_message *msg)
-{
-	if (header->incompatible & QCOW_INCOMPAT_COMPRESSION)
-		return refuse_feature(msg, "zstd compression");
-	return 0;
-}
-
 static int check_data_file(const struct qcow_header *header, bool writable,
 			   struct qcow_message *msg)
 {
@@ -691,9 +682,6 @@ static int check_header(const void *buf, u32 cluster_size, bool writable,
 				 QCOW_EXTENDED_MIN_CLUSTER_BITS);
 		return -EINVAL;
 	}
-	ret = check_supported_features(header, msg);
-	if (ret)
-		return ret;
 	if (header->refcount_order > QCOW_MAX_REFCOUNT_ORDER) {
 		qcow_message_set(msg, "refcount_order is %u; expected at most %u",
 				 header->refcount_order,

@@ -199,7 +199,7 @@ static int qcow_open_qcow2(struct qcow_image *image, const char *snapshot,
 			return err;
 	}
 	image->size = round_down(header->size, QCOW_SECTOR);
-	return 0;
+	return qcow_unpack_reserve(image);
 }
 
 /* What only an image needs that is written. */
@@ -270,6 +270,7 @@ static void qcow_image_free(struct qcow_image *image)
 		cleanup_srcu_struct(&image->epoch);
 	}
 	qcow_cache_drop_all(image);
+	qcow_unpack_drop_all(image);
 	xa_destroy(&image->metadata);
 	mempool_exit(&image->free_pool);
 	kfree(image->bounce);

@@ -195,6 +195,36 @@ static unsigned int qcow_low_bits(u32 bits)
 	return bits == U32_MAX ? 32 : __ffs(~bits);
 }
 
+/* The same for the entry of a compressed cluster. */
+static int qcow_l2_classify_packed(struct qcow_image *image, u64 descriptor,
+				   u64 guest_offset,
+				   struct qcow_l2_state *state)
+{
+	u32 cluster_size = qcow_cluster_size(image);
+	u64 host_offset, start;
+	u32 length;
+
+	qcow_packed_range(image, descriptor, &host_offset, &length);
+	start = round_down(host_offset, QCOW_SECTOR);
+	/* There is nothing compressed in the header, which must not be freed. */
+	if (qcow_is_external(image) || descriptor & QCOW_OFLAG_COPIED ||
+	    host_offset < cluster_size ||
+	    host_offset >= QCOW_MAX_HOST_OFFSET ||
+	    (image->writable &&
+	     !qcow_image_has(image, start, host_offset + length - start))) {
+		qcow_image_corrupt(image, "L2 entry for guest offset 0x%llx is 0x%llx, which is not valid for a compressed cluster",
+				   guest_offset, descriptor);
+		return -EIO;
+	}
+	state->type = QCOW_EXTENT_COMPRESSED;
+	state->mapped = false;
+	state->exclusive = false;
+	state->host_offset = 0;
+	state->allocated = GENMASK(image->subclusters - 1, 0);
+	state->length = cluster_size - (guest_offset & (cluster_size - 1));
+	return 0;
+}
+
 /**
  * qcow_l2_classify - check an L2 entry and tell what it says
  * @image: a qcow2 image
@@ -202,8 +232,7 @@ static unsigned int qcow_low_bits(u32 bits)
  * @guest_offset: bytes, in the cluster that it is for
  * @state: out
  *
- * Return: 0; -EIO if the entry cannot be right; -EOPNOTSUPP for a compressed
- * cluster.
+ * Return: 0; -EIO if the entry cannot be right.
  */
 int qcow_l2_classify(struct qcow_image *image, struct qcow_l2_entry entry,
 		     u64 guest_offset, struct qcow_l2_state *state)
@@ -215,11 +244,9 @@ int qcow_l2_classify(struct qcow_image *image, struct qcow_l2_entry entry,
 	bool misplaced = false;
 	u32 same;
 
-	if (entry.descriptor & QCOW_OFLAG_COMPRESSED) {
-		pr_warn_ratelimited("qcow: %pD: the cluster at guest offset 0x%llx is compressed, which this driver does not support yet\n",
-				    image->file.file, guest_offset);
-		return -EOPNOTSUPP;
-	}
+	if (entry.descriptor & QCOW_OFLAG_COMPRESSED)
+		return qcow_l2_classify_packed(image, entry.descriptor,
+					       guest_offset, state);
 	state->host_offset = entry.descriptor & QCOW_L2_OFFSET_MASK;
 	state->mapped = state->host_offset;
 	state->exclusive = entry.descriptor & QCOW_OFLAG_COPIED;
@@ -270,16 +297,22 @@ static int qcow_map_block(struct qcow_image *image, struct qcow_block *block,
 	u32 mask = qcow_cluster_size(image) - 1;
 	u64 in_cluster = guest_offset & mask;
 	struct qcow_l2_state first, next;
+	struct qcow_l2_entry entry;
 	int err;
 
-	err = qcow_l2_classify(image, qcow_l2_load(image, block, index),
-			       guest_offset, &first);
+	entry = qcow_l2_load(image, block, index);
+	err = qcow_l2_classify(image, entry, guest_offset, &first);
 	if (err)
 		return err;
 	extent->type = first.type;
 	extent->host_offset = first.host_offset;
 	extent->in_place = first.type == QCOW_EXTENT_DATA && first.exclusive;
 	extent->length = first.length;
+	if (first.type == QCOW_EXTENT_COMPRESSED) {
+		extent->descriptor = entry.descriptor;
+		extent->skip = in_cluster;
+		return 0;
+	}
 
 	/* On to the next cluster, if all of this one is of the same type. */
 	while (extent->length < length &&
@@ -322,8 +355,7 @@ static int qcow_map_block(struct qcow_image *image, struct qcow_block *block,
  *
  * Context: may sleep and read tables.
  *
- * Return: 0, -EIO if a table is damaged, -EOPNOTSUPP for a compressed cluster,
- * or the errno of a read.
+ * Return: 0, -EIO if a table is damaged, or the errno of a read.
  */
 int qcow_map_layer(struct qcow_image *image, u64 guest_offset, u64 length,
 		   struct qcow_extent *extent)
@@ -375,7 +407,7 @@ int qcow_map_layer(struct qcow_image *image, u64 guest_offset, u64 length,
  *	top layer
  * @guest_offset: bytes
  * @length: bytes that are of interest, at least 1
- * @extent: out: DATA or ZERO; its length is 1 to @length
+ * @extent: out: DATA, COMPRESSED or ZERO; its length is 1 to @length
  *
  * Context: may sleep and read tables.
  *
@@ -429,6 +461,26 @@ bool qcow_chain_is_zero(struct qcow_chain *chain, unsigned int first,
 	return true;
 }
 
+/* Read all of an extent. */
+static int qcow_extent_read(const struct qcow_extent *extent, void *buf)
+{
+	struct kvec vec = { .iov_base = buf, .iov_len = extent->length };
+	struct iov_iter iter;
+
+	switch (extent->type) {
+	case QCOW_EXTENT_DATA:
+		return qcow_file_read(qcow_data_file(extent->image), buf,
+				      extent->length, extent->host_offset);
+	case QCOW_EXTENT_COMPRESSED:
+		iov_iter_kvec(&iter, ITER_DEST, &vec, 1, extent->length);
+		return qcow_unpack_read(extent->image, extent->descriptor,
+					extent->skip, &iter);
+	default:
+		memset(buf, 0, extent->length);
+		return 0;
+	}
+}
+
 /**
  * qcow_chain_read - read a guest range, and wait for it
  * @chain: the layers
@@ -449,11 +501,8 @@ int qcow_chain_read(struct qcow_chain *chain, u64 guest_offset, u64 length,
 	while (length) {
 		epoch = qcow_image_enter(chain->layers[0]);
 		err = qcow_map(chain, 0, guest_offset, length, &extent);
-		if (!err && extent.type == QCOW_EXTENT_ZERO)
-			memset(buf, 0, extent.length);
-		else if (!err)
-			err = qcow_file_read(qcow_data_file(extent.image), buf,
-					     extent.length, extent.host_offset);
+		if (!err)
+			err = qcow_extent_read(&extent, buf);
 		qcow_image_exit(chain->layers[0], epoch);
 		if (err)
 			return err;

@@ -5,7 +5,7 @@
  * Dependencies point one way:
  *
  *	main -> device -> request -> cluster -> map -> refcount -> commit
- *	                                           -> table_cache -> file_io
+ *	                             -> compress -> table_cache -> file_io
  *
  * From cluster on down nothing knows of requests or disks: those files work on
  * an image, which may as well be a file in memory that a unit test made.
@@ -21,6 +21,7 @@
  *	image->alloc_mutex	refcount blocks, refcount table, the allocator
  *	image->header_mutex	writing the header
  *	cache->lock		the list of cached blocks
+ *	unpack->lock		decompressed clusters
  *	image->lock		contents and dirtiness of blocks, lists of ranges
  *
  * image->lock is the only one that I/O completion takes, perhaps in interrupt
@@ -99,6 +100,7 @@ struct qcow_file {
 	bool no_punch;
 };
 
+struct qcow_image;
 struct qcow_io;
 typedef void (*qcow_io_done_fn)(struct qcow_io *io, long ret);
 
@@ -136,6 +138,48 @@ int qcow_file_punch(struct qcow_file *f, u64 pos, u64 len);
 int qcow_file_truncate(struct qcow_file *f, u64 size);
 unsigned int qcow_zero_bvecs(struct bio_vec *bvec, unsigned int room, u64 len);
 
+/* ---- compress.c: decompressed clusters ----------------------------------- */
+
+#define QCOW_UNPACK_HASH_BITS	8
+
+/**
+ * struct qcow_unpack - the decompressed clusters of some images
+ * @lock: guards the next three, and the clusters in them
+ * @lru: every cluster that is kept, the one used last at the end
+ * @hash: the same, by image and L2 entry
+ * @bytes: what they are charged with
+ * @limit: most that @bytes should reach
+ * @cluster_bits: of the largest clusters of any of the images
+ * @workspace_size: bytes that each of their algorithms can do with
+ * @nr_unpackers: how many there are
+ * @max_unpackers: how many there may be
+ * @unpackers: what it takes to decompress a cluster
+ * @spares: memory for a cluster, set aside
+ * @shrinker: gives clusters back under pressure
+ */
+struct qcow_unpack {
+	spinlock_t lock;	/* guards @lru, @hash, @bytes */
+	struct list_head lru;
+	struct hlist_head hash[BIT(QCOW_UNPACK_HASH_BITS)];
+	u64 bytes;
+	u64 limit;
+	u32 cluster_bits;
+	size_t workspace_size;
+	atomic_t nr_unpackers;
+	u32 max_unpackers;
+	mempool_t unpackers;
+	mempool_t spares;
+	struct qcow_shrinker shrinker;
+};
+
+int qcow_unpack_init(struct qcow_unpack *unpack, u64 limit);
+void qcow_unpack_exit(struct qcow_unpack *unpack);
+int qcow_unpack_reserve(struct qcow_image *image);
+int qcow_unpack_read(struct qcow_image *image, u64 descriptor, u32 skip,
+		     struct iov_iter *iter);
+void qcow_unpack_drop(struct qcow_image *image, u64 host_offset, u64 len);
+void qcow_unpack_drop_all(struct qcow_image *image);
+
 /* ---- table_cache.c: blocks of tables in memory -------------------------- */
 
 /* A block is a page of a table, or a cluster where clusters are smaller. */
@@ -163,6 +207,7 @@ struct qcow_cache_stats {
  * @shadows: frozen copies, likewise
  * @shrinker: gives clean blocks back under pressure
  * @stats: per CPU
+ * @unpack: decompressed clusters, which are bounded by themselves
  */
 struct qcow_cache {
 	struct kref kref;
@@ -174,6 +219,7 @@ struct qcow_cache {
 	mempool_t shadows;
 	struct qcow_shrinker shrinker;
 	struct qcow_cache_stats __percpu *stats;
+	struct qcow_unpack unpack;
 };
 
 /**
@@ -307,6 +353,7 @@ struct qcow_image {
 	struct qcow_cache *cache;
 	struct xarray blocks;		/* by host offset >> block_bits */
 	struct xarray metadata;		/* by host cluster, see overlap.c */
+	unsigned long nr_unpacked;	/* of it in @cache, unpack->lock */
 
 	spinlock_t lock;		/* see the lock order above */
 	struct list_head dirty[QCOW_BLOCK_KINDS];
@@ -412,6 +459,27 @@ static inline bool qcow_image_has(const struct qcow_image *image,
 			   (u64)qcow_cluster_size(image));
 
 	return length <= end && host_offset <= end - length;
+}
+
+/**
+ * qcow_packed_range - where the data of a compressed cluster is
+ * @image: a qcow2 image
+ * @descriptor: the L2 entry
+ * @host_offset: out: of its first byte
+ * @length: out: bytes up to the end of its last sector
+ */
+static inline void qcow_packed_range(const struct qcow_image *image,
+				     u64 descriptor, u64 *host_offset,
+				     u32 *length)
+{
+	u32 bits = QCOW_PACKED_OFFSET_BITS(image->cluster_bits);
+	u32 sectors;
+
+	sectors = (descriptor & ~(QCOW_OFLAG_COPIED | QCOW_OFLAG_COMPRESSED)) >>
+		  bits;
+	*host_offset = descriptor & ((1ULL << bits) - 1);
+	*length = (sectors + 1) * QCOW_SECTOR -
+		  (*host_offset & (QCOW_SECTOR - 1));
 }
 
 /**
@@ -569,11 +637,13 @@ int qcow_alloc_clusters(struct qcow_image *image, u64 want, u64 *cluster,
  * @QCOW_EXTENT_UNALLOCATED: this layer has nothing, look below
  * @QCOW_EXTENT_ZERO: reads as zeroes
  * @QCOW_EXTENT_DATA: is in the layer's data file at @host_offset
+ * @QCOW_EXTENT_COMPRESSED: is in a compressed cluster of the layer
  */
 enum qcow_extent_type {
 	QCOW_EXTENT_UNALLOCATED,
 	QCOW_EXTENT_ZERO,
 	QCOW_EXTENT_DATA,
+	QCOW_EXTENT_COMPRESSED,
 };
 
 /**
@@ -582,6 +652,8 @@ enum qcow_extent_type {
  * @in_place: DATA that may be overwritten where it is (refcount one)
  * @image: the layer that decided
  * @host_offset: for DATA, bytes
+ * @descriptor: for COMPRESSED, the L2 entry; qcow_unpack_read() takes it
+ * @skip: for COMPRESSED, where in the cluster the extent begins, bytes
  * @length: bytes
  */
 struct qcow_extent {
@@ -589,6 +661,8 @@ struct qcow_extent {
 	bool in_place;
 	struct qcow_image *image;
 	u64 host_offset;
+	u64 descriptor;
+	u32 skip;
 	u64 length;
 };
 
@@ -605,11 +679,12 @@ struct qcow_l2_entry {
 /**
  * struct qcow_l2_state - what an L2 entry says of a guest offset
  * @type: of the subcluster with that offset
- * @mapped: the guest cluster has a host cluster, allocated or set aside
+ * @mapped: the guest cluster has a host cluster of its own, allocated or set
+ *	aside
  * @exclusive: that may be written in place, nobody else has it
  * @host_offset: of that cluster, bytes; 0 if there is none, but in an external
  *	data file 0 is the place of the first cluster
- * @allocated: a bit for each subcluster that is DATA
+ * @allocated: a bit for each subcluster that is DATA or COMPRESSED
  * @length: bytes from the guest offset on that are of @type, in this cluster
  *
  * Without extended L2 entries a cluster is one subcluster.

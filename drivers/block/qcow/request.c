@@ -74,11 +74,14 @@ struct qcow_request {
  * @length: bytes, with head and tail
  * @iocb_flags: IOCB_DSYNC or 0
  * @mapping: @write is in use, otherwise @epoch
+ * @packed: the layer, where this is a part of a compressed cluster; @pos is then
+ *	the offset in the cluster
+ * @descriptor: the L2 entry of that
  * @epoch: from qcow_image_enter()
  * @write: the change of the mapping that waits for this I/O
  * @vecs: head, data and tail, for a segment with @mapping
  * @nr_vecs: how many
- * @retry: does it again
+ * @retry: does it again; or does it at all, if it is compressed
  */
 struct qcow_segment {
 	struct qcow_io io;
@@ -89,6 +92,8 @@ struct qcow_segment {
 	u64 length;
 	int iocb_flags;
 	bool mapping;
+	struct qcow_image *packed;
+	u64 descriptor;
 	int epoch;
 	struct qcow_write write;
 	struct bio_vec *vecs;
@@ -271,6 +276,40 @@ static void qcow_segment_set(struct qcow_segment *seg,
 	seg->length = extent->length;
 }
 
+static void qcow_segment_unpack(struct work_struct *work)
+{
+	struct qcow_segment *seg = container_of(work, struct qcow_segment,
+						retry);
+	unsigned int scope = qcow_io_scope_enter();
+	struct iov_iter iter;
+	int err;
+
+	qcow_request_iter(seg->req, &iter, seg->skip, seg->length);
+	err = qcow_unpack_read(seg->packed, seg->descriptor, seg->pos, &iter);
+	qcow_io_scope_exit(scope);
+	qcow_segment_end(seg, err);
+}
+
+/*
+ * Read from a compressed cluster: here if it is the last piece of the request,
+ * which has nothing else to do; otherwise elsewhere, so that the clusters of a
+ * long request are decompressed by several CPUs.
+ */
+static void qcow_segment_packed(struct qcow_segment *seg,
+				const struct qcow_extent *extent, bool last)
+{
+	atomic_inc(&seg->req->pending);
+	seg->packed = extent->image;
+	seg->descriptor = extent->descriptor;
+	seg->pos = extent->skip;
+	seg->length = extent->length;
+	INIT_WORK(&seg->retry, qcow_segment_unpack);
+	if (last)
+		qcow_segment_unpack(&seg->retry);
+	else
+		queue_work(seg->req->dev->retry_wq, &seg->retry);
+}
+
 static int qcow_read(struct qcow_request *req, u64 guest_offset, u64 length)
 {
 	struct qcow_image *image = qcow_request_image(req);
@@ -288,6 +327,11 @@ static int qcow_read(struct qcow_request *req, u64 guest_offset, u64 length)
 		if (!err && extent.type == QCOW_EXTENT_DATA) {
 			qcow_segment_set(seg, &extent);
 			qcow_segment_submit(seg);
+			continue;
+		}
+		if (!err && extent.type == QCOW_EXTENT_COMPRESSED) {
+			qcow_segment_packed(seg, &extent,
+					    skip + extent.length == length);
 			continue;
 		}
 		qcow_image_exit(image, seg->epoch);

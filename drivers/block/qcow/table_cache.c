@@ -200,8 +200,12 @@ struct qcow_cache *qcow_cache_create(u64 limit)
 	if (qcow_shrinker_register(&cache->shrinker, qcow_cache_count,
 				   qcow_cache_scan, cache, "qcow-tables"))
 		goto out_stats;
+	if (qcow_unpack_init(&cache->unpack, cache->limit / 4))
+		goto out_shrinker;
 	return cache;
 
+out_shrinker:
+	qcow_shrinker_unregister(&cache->shrinker);
 out_stats:
 	free_percpu(cache->stats);
 out_shadows:
@@ -217,6 +221,7 @@ static void qcow_cache_release(struct kref *kref)
 {
 	struct qcow_cache *cache = container_of(kref, struct qcow_cache, kref);
 
+	qcow_unpack_exit(&cache->unpack);
 	qcow_shrinker_unregister(&cache->shrinker);
 	/* Blocks that are on their way back to the pool. */
 	rcu_barrier();

@@ -38,6 +38,12 @@ DEFINE_EVENT(qcow_host, qcow_table_read,
 		 int error),
 	TP_ARGS(image, host_offset, length, error));
 
+/* A compressed cluster was read and decompressed. */
+DEFINE_EVENT(qcow_host, qcow_unpack,
+	TP_PROTO(const struct qcow_image *image, u64 host_offset, u64 length,
+		 int error),
+	TP_ARGS(image, host_offset, length, error));
+
 /* A run of dirty blocks was written by a commit. */
 DEFINE_EVENT(qcow_host, qcow_write_out,
 	TP_PROTO(const struct qcow_image *image, u64 host_offset, u64 length,
@@ -98,7 +104,8 @@ TRACE_EVENT(qcow_map,
 		  __print_symbolic(__entry->type,
 				   { QCOW_EXTENT_UNALLOCATED, "unallocated" },
 				   { QCOW_EXTENT_ZERO, "zero" },
-				   { QCOW_EXTENT_DATA, "data" }),
+				   { QCOW_EXTENT_DATA, "data" },
+				   { QCOW_EXTENT_COMPRESSED, "compressed" }),
 		  __entry->layer, __entry->host_offset, __entry->length)
 );
 
