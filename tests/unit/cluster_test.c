@@ -1064,6 +1064,7 @@ struct random_case {
 	bool snapshot;
 	u32 rounds;
 	u64 incompatible;
+	bool packed;
 };
 
 static const struct random_case random_cases[] = {
@@ -1082,6 +1083,11 @@ static const struct random_case random_cases[] = {
 	  true, 400, EXTENDED },
 	{ "subclusters of 2 KiB, backing", 3, 16, 16, SZ_1M - SECTOR, SZ_1M,
 	  false, 300, EXTENDED },
+	{ "compressed", 3, 12, 16, SZ_256K, 0, false, 400, 0, true },
+	{ "compressed, 512 B clusters, 8 bits, backing, snapshot", 3, 9, 8,
+	  SZ_128K, SZ_64K + 512, true, 400, 0, true },
+	{ "compressed by zstd, subclusters, snapshot", 3, 14, 64, SZ_256K, 0,
+	  true, 300, EXTENDED | QCOW_INCOMPAT_COMPRESSION, true },
 };
 
 static void random_desc(const struct random_case *c, char *desc)
@@ -1100,10 +1106,16 @@ static struct guest *random_guest(struct kunit *test,
 		.incompatible = c->incompatible,
 	};
 	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
+	u64 cs = 1ULL << c->cluster_bits;
 	u64 at;
 
-	for (at = 0; at < c->size; at += 5ULL << c->cluster_bits)
+	for (at = 0; at < c->size; at += 5 * cs)
 		qcow_test_disk_add_data(disk, at, SEED_IMAGE);
+	for (at = cs; c->packed && at < c->size; at += 5 * cs) {
+		qcow_test_disk_add_packed(disk, at, SEED_IMAGE);
+		if (at + cs < c->size)
+			qcow_test_disk_add_packed(disk, at + cs, SEED_IMAGE);
+	}
 	if (c->snapshot)
 		qcow_test_disk_snapshot(disk);
 	return guest_create(disk, c->size, c->below);

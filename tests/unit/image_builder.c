@@ -14,6 +14,8 @@
 #include <linux/slab.h>
 #include <linux/uio.h>
 #include <linux/vmalloc.h>
+#include <linux/zlib.h>
+#include <linux/zstd.h>
 
 #include <linux/qcow.h>
 
@@ -156,10 +158,37 @@ u32 qcow_test_seed(const void *sector, u64 guest_offset)
 
 /* ---- building ------------------------------------------------------------- */
 
+/**
+ * struct qcow_test_memo - a compressed cluster that was read
+ * @valid: it is one
+ * @length: of the compressed data, bytes
+ * @packed: the compressed data
+ * @plain: a cluster
+ * @workspace: to decompress it in
+ */
+struct qcow_test_memo {
+	bool valid;
+	u32 length;
+	u8 *packed;
+	u8 *plain;
+	void *workspace;
+};
+
+static void memo_free(struct qcow_test_memo *memo)
+{
+	if (!memo)
+		return;
+	vfree(memo->packed);
+	vfree(memo->plain);
+	vfree(memo->workspace);
+	kfree(memo);
+}
+
 static void disk_free(struct kunit_resource *res)
 {
 	struct qcow_test_disk *disk = res->data;
 
+	memo_free(disk->memo);
 	vfree(disk->bytes);
 	kfree(disk);
 }
@@ -395,6 +424,8 @@ struct qcow_test_disk *qcow_test_disk_create(struct kunit *test,
 		SET(disk, autoclear_features, spec->autoclear);
 		SET(disk, refcount_order, ilog2(spec->refcount_bits ?: 16));
 		SET(disk, header_length, sizeof(struct qcow_disk_header));
+		if (spec->incompatible & QCOW_INCOMPAT_COMPRESSION)
+			SET(disk, compression_type, QCOW_COMPRESSION_ZSTD);
 	}
 	disk->size = (1 + reftable) << bits;
 	for (i = 0; i < 1 + reftable; i++)
@@ -549,6 +580,214 @@ static void add_reference(struct qcow_test_disk *disk, u64 offset)
 				    qcow_test_disk_refcount(disk, cluster) + 1);
 }
 
+static u32 compression_type(const struct qcow_test_disk *disk)
+{
+	return FIELD(disk, version) == 3 ? FIELD(disk, compression_type) : 0;
+}
+
+/* As QEMU does it: no header, a window of 4 KiB. */
+static u32 compress_zlib(const void *src, u32 length, void *dst, u32 room,
+			 void *workspace)
+{
+	z_stream stream = {
+		.workspace = workspace,
+		.next_in = src, .avail_in = length,
+		.next_out = dst, .avail_out = room,
+	};
+
+	if (zlib_deflateInit2(&stream, Z_DEFAULT_COMPRESSION, Z_DEFLATED, -12,
+			      MAX_MEM_LEVEL, Z_DEFAULT_STRATEGY) != Z_OK)
+		return 0;
+	if (zlib_deflate(&stream, Z_FINISH) != Z_STREAM_END)
+		return 0;
+	return stream.total_out;
+}
+
+/**
+ * qcow_test_compress() - compress as QEMU does
+ * @test: for which
+ * @type: QCOW_COMPRESSION_*
+ * @src: what
+ * @length: of it, bytes
+ * @dst: where to
+ * @room: bytes there, enough
+ *
+ * Return: how many bytes it takes.
+ */
+u32 qcow_test_compress(struct kunit *test, u32 type, const void *src, u32 length,
+		       void *dst, u32 room)
+{
+	zstd_parameters params = zstd_get_params(3, length);
+	size_t size = type == QCOW_COMPRESSION_ZSTD ?
+		      zstd_cctx_workspace_bound(&params.cParams) :
+		      zlib_deflate_workspacesize(-12, MAX_MEM_LEVEL);
+	void *workspace = vmalloc(size);
+	size_t got;
+
+	KUNIT_ASSERT_NOT_NULL(test, workspace);
+	if (type == QCOW_COMPRESSION_ZSTD) {
+		got = zstd_compress_cctx(zstd_init_cctx(workspace, size), dst,
+					 room, src, length, &params);
+		if (zstd_is_error(got))
+			got = 0;
+	} else {
+		got = compress_zlib(src, length, dst, room, workspace);
+	}
+	vfree(workspace);
+	KUNIT_ASSERT_GT(test, got, 0);
+	return got;
+}
+
+/**
+ * qcow_test_disk_pack() - put compressed data into the image
+ * @disk: the image
+ * @guest_offset: of the cluster that it is, bytes
+ * @data: the stream
+ * @length: of it, bytes, up to two clusters
+ *
+ * It begins where the one before ended. So clusters are shared, as far as the
+ * width of refcounts allows.
+ *
+ * Return: the L2 entry.
+ */
+u64 qcow_test_disk_pack(struct qcow_test_disk *disk, u64 guest_offset,
+			const void *data, u32 length)
+{
+	u32 bits = disk->cluster_bits, x = 62 - (bits - 8);
+	u32 width = 1U << counts_of(disk).order;
+	u64 at, entry, first, last, i, count;
+
+	qcow_test_disk_map(disk, guest_offset, 0);
+	at = disk->packed;
+	if (at && width < 32 &&
+	    qcow_test_disk_refcount(disk, at >> bits) == (1U << width) - 1)
+		at = 0;
+	/* It goes on in the next cluster, if that is at the end of the file. */
+	if (!at || round_up(at, cluster_size(disk)) != disk->size)
+		at = disk->size;
+	KUNIT_ASSERT_LE(disk->test, at + length, disk->room);
+	first = at >> bits;
+	last = (at + length - 1) >> bits;
+	for (i = first; i <= last; i++) {
+		if (i << bits >= disk->size) {
+			qcow_test_disk_alloc(disk, 1);
+			/* It must not have needed a refcount block. */
+			KUNIT_ASSERT_EQ(disk->test, disk->size, (i + 1) << bits);
+			continue;
+		}
+		count = qcow_test_disk_refcount(disk, i);
+		qcow_test_disk_set_refcount(disk, i, count + 1);
+	}
+	memcpy(disk->bytes + at, data, length);
+	disk->packed = (at + length) & (cluster_size(disk) - 1) ? at + length : 0;
+	entry = QCOW_OFLAG_COMPRESSED | at |
+		((at + length - 1) / SECTOR - at / SECTOR) << x;
+	qcow_test_disk_map(disk, guest_offset, entry);
+	return entry;
+}
+
+/**
+ * qcow_test_disk_add_packed() - put a compressed cluster of data into the image
+ * @disk: the image
+ * @guest_offset: where, bytes, a multiple of the cluster size
+ * @seed: for qcow_test_fill()
+ *
+ * Return: the L2 entry.
+ */
+u64 qcow_test_disk_add_packed(struct qcow_test_disk *disk, u64 guest_offset,
+			      u32 seed)
+{
+	u64 size = cluster_size(disk), entry;
+	u8 *plain = vmalloc(size), *packed = vmalloc(2 * size);
+	u32 length;
+
+	KUNIT_ASSERT_NOT_NULL(disk->test, plain);
+	KUNIT_ASSERT_NOT_NULL(disk->test, packed);
+	qcow_test_fill(plain, guest_offset, size, seed);
+	length = qcow_test_compress(disk->test, compression_type(disk), plain,
+				    size, packed, 2 * size);
+	entry = qcow_test_disk_pack(disk, guest_offset, packed, length);
+	vfree(plain);
+	vfree(packed);
+	return entry;
+}
+
+/* Where compressed data is: the first byte, and bytes to the end of the sector. */
+static u64 packed_range(const struct qcow_test_disk *disk, u64 entry, u64 *length)
+{
+	u32 bits = disk->cluster_bits, x = 62 - (bits - 8);
+	u64 offset = entry & ((1ULL << x) - 1);
+	u64 sectors = (entry >> x & ((1ULL << (bits - 8)) - 1)) + 1;
+
+	*length = (offset & ~511ULL) + sectors * 512 - offset;
+	return offset;
+}
+
+static bool decompress(u32 type, struct qcow_test_memo *memo, u32 room)
+{
+	z_stream stream = {
+		.workspace = memo->workspace,
+		.next_in = memo->packed, .avail_in = memo->length,
+		.next_out = memo->plain, .avail_out = room,
+	};
+	zstd_in_buffer in = { .src = memo->packed, .size = memo->length };
+	zstd_out_buffer out = { .dst = memo->plain, .size = room };
+	zstd_dstream *zstd;
+
+	if (type != QCOW_COMPRESSION_ZSTD) {
+		zlib_inflateInit2(&stream, -MAX_WBITS);
+		zlib_inflate(&stream, Z_FINISH);
+		return !stream.avail_out;
+	}
+	zstd = zstd_init_dstream(room, memo->workspace,
+				 zstd_dstream_workspace_bound(room));
+	while (out.pos < out.size)
+		if (zstd_is_error(zstd_decompress_stream(zstd, &out, &in)) ||
+		    (in.pos == in.size && out.pos < out.size))
+			return false;
+	return true;
+}
+
+/* The content of a compressed cluster, or NULL. */
+static const u8 *read_packed(struct qcow_test_disk *disk, u64 entry)
+{
+	u64 size = cluster_size(disk), length, offset, have;
+	struct qcow_test_memo *memo = disk->memo;
+	u32 type = compression_type(disk);
+
+	if (!memo) {
+		memo = kzalloc(sizeof(*memo), GFP_KERNEL);
+		KUNIT_ASSERT_NOT_NULL(disk->test, memo);
+		disk->memo = memo;
+		memo->packed = vmalloc(2 * size);
+		memo->plain = vmalloc(size);
+		memo->workspace = vmalloc(type == QCOW_COMPRESSION_ZSTD ?
+					  zstd_dstream_workspace_bound(size) :
+					  zlib_inflate_workspacesize());
+		KUNIT_ASSERT_NOT_NULL(disk->test, memo->packed);
+		KUNIT_ASSERT_NOT_NULL(disk->test, memo->plain);
+		KUNIT_ASSERT_NOT_NULL(disk->test, memo->workspace);
+	}
+	offset = packed_range(disk, entry, &length);
+	have = offset < disk->size ? min(length, disk->size - offset) : 0;
+	if (memo->valid && memo->length == have &&
+	    !memcmp(memo->packed, disk->bytes + offset, have))
+		return memo->plain;
+	memcpy(memo->packed, disk->bytes + offset, have);
+	memo->length = have;
+	memo->valid = decompress(type, memo, size);
+	return memo->valid ? memo->plain : NULL;
+}
+
+static void add_packed_references(struct qcow_test_disk *disk, u64 entry)
+{
+	u64 length, at = packed_range(disk, entry, &length), end = at + length;
+
+	for (at = round_down(at, cluster_size(disk)); at < end;
+	     at += cluster_size(disk))
+		add_reference(disk, at);
+}
+
 /**
  * qcow_test_disk_snapshot() - take an internal snapshot, the first one
  * @disk: the image
@@ -575,7 +814,9 @@ void qcow_test_disk_snapshot(struct qcow_test_disk *disk)
 			entry = load_l2(disk, l2, j, &bitmap) &
 				~QCOW_OFLAG_COPIED;
 			store_l2(disk, l2, j, entry, bitmap);
-			if (entry & QCOW_L2_OFFSET_MASK)
+			if (entry & QCOW_OFLAG_COMPRESSED)
+				add_packed_references(disk, entry);
+			else if (entry & QCOW_L2_OFFSET_MASK)
 				add_reference(disk, entry & QCOW_L2_OFFSET_MASK);
 		}
 	}
@@ -639,10 +880,9 @@ static void refer_range(struct check *check, u64 offset, u64 bytes,
 
 static void refer_compressed(struct check *check, u64 entry)
 {
-	u32 bits = check->disk->cluster_bits, x = 62 - (bits - 8);
-	u64 offset = entry & ((1ULL << x) - 1);
-	u64 sectors = (entry >> x & ((1ULL << (bits - 8)) - 1)) + 1;
-	u64 end = (offset & ~511ULL) + sectors * 512, cluster;
+	u64 length, offset = packed_range(check->disk, entry, &length);
+	u64 end = offset + length, cluster;
+	u32 bits = check->disk->cluster_bits;
 
 	if (entry & QCOW_OFLAG_COPIED)
 		problem(check, &check->result->errors, "COPIED compressed");
@@ -847,9 +1087,20 @@ bool qcow_test_disk_read(struct qcow_test_disk *disk, u64 guest_offset,
 {
 	u64 bitmap, entry = disk_entry(disk, guest_offset, &bitmap);
 	u64 host = entry & QCOW_L2_OFFSET_MASK;
+	const u8 *plain;
 	u32 sub;
 
 	memset(sector, 0, SECTOR);
+	if (entry & QCOW_OFLAG_COMPRESSED) {
+		plain = read_packed(disk, entry);
+		if (plain)
+			memcpy(sector, plain +
+			       (guest_offset & (cluster_size(disk) - 1)),
+			       SECTOR);
+		else
+			memset(sector, 0x5a, SECTOR);
+		return true;
+	}
 	if (is_extended(disk)) {
 		sub = (guest_offset & (cluster_size(disk) - 1)) >>
 		      (disk->cluster_bits - 5);

@@ -56,6 +56,8 @@ struct qcow_test_spec {
  * @size: length of the file in bytes
  * @room: length of @bytes
  * @cluster_bits: of the image
+ * @packed: where the next compressed data goes, bytes; 0 for a new cluster
+ * @memo: the compressed cluster that was read last
  */
 struct qcow_test_disk {
 	struct kunit *test;
@@ -63,6 +65,8 @@ struct qcow_test_disk {
 	u64 size;
 	u64 room;
 	u32 cluster_bits;
+	u64 packed;
+	struct qcow_test_memo *memo;
 };
 
 /**
@@ -106,6 +110,12 @@ void qcow_test_disk_map_sub(struct qcow_test_disk *disk, u64 guest_offset,
 			    u64 entry, u64 bitmap);
 u64 qcow_test_disk_add_data(struct qcow_test_disk *disk, u64 guest_offset,
 			    u32 seed);
+u32 qcow_test_compress(struct kunit *test, u32 type, const void *src, u32 length,
+		       void *dst, u32 room);
+u64 qcow_test_disk_pack(struct qcow_test_disk *disk, u64 guest_offset,
+			const void *data, u32 length);
+u64 qcow_test_disk_add_packed(struct qcow_test_disk *disk, u64 guest_offset,
+			      u32 seed);
 void qcow_test_disk_snapshot(struct qcow_test_disk *disk);
 void qcow_test_disk_check(struct qcow_test_disk *disk,
 			  struct qcow_test_result *result);
