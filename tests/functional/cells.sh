@@ -12,8 +12,10 @@
 #   pre=off          preallocation: off, metadata, falloc
 #   chain=none       none; raw; qcow2 (base of another cluster size); short and
 #                    long (a raw base that is shorter or longer); deep (three
-#                    layers); zero (a qcow2 base with zero clusters over data)
+#                    layers); zero (a qcow2 base with zero clusters over data);
+#                    packed (a qcow2 base that is compressed)
 #   data=none        none; file or raw: an external data file
+#   packed=          zlib or zstd: QEMU wrote most of it compressed
 #   snap=0           1: internal snapshots exist, so that clusters are shared
 #   init=0           1: QEMU wrote data, zeroes and discards to it before
 #   size=8M          bytes; need not be a multiple of anything
@@ -94,6 +96,13 @@ make_image() {
 				tmp.raw base.qcow2 || return
 		base=base.qcow2 base_fmt=qcow2
 		;;
+	packed)
+		make_raw tmp.raw "$full" 1006 &&
+			qemu-img convert -c -f raw -O qcow2 \
+				-o "cluster_size=$other,compression_type=zstd" \
+				tmp.raw base.qcow2 && rm tmp.raw || return
+		base=base.qcow2 base_fmt=qcow2
+		;;
 	deep | zero)
 		make_raw low.raw $((full * 3 / 4 / 512 * 512)) 1005 &&
 			qemu-img create -q -f qcow2 -b low.raw -F raw \
@@ -130,9 +139,21 @@ make_image() {
 	file) options+=,data_file=image.qcow2.data ;;
 	raw) options+=,data_file=image.qcow2.data,data_file_raw=on ;;
 	esac
+	if [[ $packed == zstd ]]; then
+		options+=,compression_type=zstd
+	fi
 	qemu-img create -q -f qcow2 ${base:+-b "$base" -F "$base_fmt"} -o "$options" \
 		image.qcow2 "$full" || return
 
+	if [[ $packed ]]; then
+		# Some of it noise, which is not made smaller.
+		make_raw tmp.raw "$full" 1007 &&
+			dd if=/dev/urandom of=tmp.raw bs=4k seek=700 count=40 \
+				conv=notrunc status=none &&
+			qemu-io -f qcow2 -c "write -q -c -s tmp.raw 0 \
+				$((full * 3 / 4 / cluster * cluster))" \
+				image.qcow2 && rm tmp.raw || return
+	fi
 	if ((init || snap)); then
 		c=(-c 'write -q -P 0x61 0 100k' -c 'write -q -P 0x62 1500k 1M'
 			-c 'write -q -P 0x63 3900k 3k')
@@ -165,7 +186,7 @@ cell_steps() {
 	local mirror=() before after args=() out
 
 	make_image || { echo "could not make the image"; return 1; }
-	if ((init || snap)) || [[ $chain != none ]]; then
+	if ((init || snap)) || [[ $packed || $chain != none ]]; then
 		qemu-img convert -f qcow2 -O raw image.qcow2 mirror-in.raw || return
 		mirror=(--mirror-in mirror-in.raw)
 	fi
@@ -237,15 +258,15 @@ cell_steps() {
 # run_cell NAME: one result.
 run_cell() {
 	local v=3 cs=64k ext=0 rc=16 pre=off chain=none data=none snap=0 init=0 size=8M
-	local discard=unmap io=auto cache='' jobs=1 dev=direct hot='' seed=1
+	local packed='' discard=unmap io=auto cache='' jobs=1 dev=direct hot='' seed=1
 	local ops=$CELL_OPS pair dir status
 	local -a pairs
 
 	IFS=, read -ra pairs <<<"$1"
 	for pair in "${pairs[@]}"; do
 		case ${pair%%=*} in
-		v | cs | ext | rc | pre | chain | data | snap | init | size | discard | io | \
-			cache | jobs | dev | hot | seed | ops)
+		v | cs | ext | rc | pre | chain | data | packed | snap | init | size | discard | \
+			io | cache | jobs | dev | hot | seed | ops)
 			printf -v "${pair%%=*}" %s "${pair#*=}"
 			;;
 		*)
@@ -309,7 +330,7 @@ draw_cell() {
 		ext=$PICKED
 		;;
 	esac
-	pick none none none raw qcow2 short long deep zero
+	pick none none none raw qcow2 short long deep zero packed
 	chain=$PICKED
 	if [[ $chain == none ]]; then
 		pick off off metadata falloc
@@ -347,6 +368,14 @@ draw_cell() {
 	else
 		pick '' 256k 1M
 		CELL+="${PICKED:+,hot=$PICKED}"
+	fi
+	# A count that packing has filled has no room for a snapshot.
+	if [[ $data$pre == noneoff ]] && ((!snap || rc >= 16)); then
+		pick '' '' zlib zstd
+		if ((v == 2)); then
+			PICKED=${PICKED:+zlib}
+		fi
+		CELL+="${PICKED:+,packed=$PICKED}"
 	fi
 	CELL+=",seed=$1"
 }

@@ -1,0 +1,210 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-only
+# Clusters that QEMU compressed read right, and are replaced by what is written over them.
+# kernels: 6.1 debug
+# timeout: 1500
+# memory: 2048
+
+# shellcheck source=tests/functional/cells.sh
+. "$(dirname "$0")/cells.sh"
+
+need_driver
+cd "$WORK" || exit
+
+# Text, noise, the same byte over and over, zeroes, and an end that is no cluster
+{
+	seq 1 400000 | head -c 1500k
+	head -c 500k /dev/urandom
+	head -c 1500k /dev/zero | tr '\0' w
+	head -c 900k /dev/zero
+	seq 900000 990000 | head -c 601k
+} >plain.raw
+SIZE=$(stat -c %s plain.raw)
+
+# pack IMAGE OPTIONS: compressing takes time, so it is done once for each.
+pack() {
+	if [[ ! -e $2.packed ]]; then
+		qemu-img convert -c -f raw -O qcow2 -o "$2" plain.raw "$2.packed" || return
+	fi
+	cp "$2.packed" "$1"
+}
+
+# Through the page cache and around it
+device_is() {
+	cmp "$1" "$DEV" && qcow-diff --verify-only --mirror-in "$1" "$DEV"
+}
+
+# reads_right DESC OPTIONS
+reads_right() {
+	if ! pack x.qcow2 "$2" 2>"$WORK/.err"; then
+		fail "$1: $(<"$WORK/.err")"
+		return 1
+	fi
+	attach --read-only "$PWD/x.qcow2" || return
+	ok "reads right: $1" device_is plain.raw
+	detach
+}
+
+sizes=(512 4k 64k 2M)
+if [[ $QUICK ]]; then
+	sizes=(4k 2M)
+fi
+for size in "${sizes[@]}"; do
+	reads_right "zlib, clusters of $size" "cluster_size=$size"
+	reads_right "zstd, clusters of $size" "cluster_size=$size,compression_type=zstd"
+done
+like "they are compressed" "$(qemu-img check -f qcow2 x.qcow2)" '[1-9][0-9.]*% compressed'
+reads_right "version 2" compat=0.10
+reads_right "extended L2 entries" extended_l2=on,compression_type=zstd
+reads_right "counts of one bit" refcount_bits=1
+
+# Small reads of a cluster decompress it once, whoever makes them.
+mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
+EVENT=/sys/kernel/tracing/events/qcow/qcow_unpack
+pack x.qcow2 cluster_size=64k
+if [[ -e $EVENT/enable ]]; then
+	attach --read-only "$PWD/x.qcow2"
+	echo >/sys/kernel/tracing/trace
+	echo 1 >$EVENT/enable
+	for ((i = 0; i < 16; i++)); do
+		dd if="$DEV" of=/dev/null bs=4k skip=256 count=16 iflag=direct status=none &
+	done
+	wait
+	echo 0 >$EVENT/enable
+	is "256 reads of one cluster decompress it once" \
+		"$(grep -c qcow_unpack: /sys/kernel/tracing/trace)" 1
+	detach
+else
+	skip "256 reads of one cluster decompress it once" "no trace events"
+fi
+
+# word IMAGE OFFSET: eight bytes as a number
+word() {
+	echo $((0x$(od -An -v -tx1 -j "$2" -N 8 "$1" | tr -d ' \n')))
+}
+
+# l2_entry IMAGE N: where the first L2 table has entry N
+l2_entry() {
+	local l1
+
+	l1=$(word "$1" 40)
+	echo $((($(word "$1" "$l1") & 0xfffffffffffe00) + 8 * $2))
+}
+
+# Damage to compressed data fails the requests that meet it, nothing else.
+# damaged TYPE
+damaged() {
+	local entry at
+
+	pack x.qcow2 "cluster_size=64k,compression_type=$1" || return
+	# With clusters of 64 KiB the lowest 54 bits are the offset.
+	entry=$(word x.qcow2 "$(l2_entry x.qcow2 3)")
+	at=$((entry & ((1 << 54) - 1)))
+	put_bytes x.qcow2 $((at + 1000)) "$(printf 'ff00%.0s' {1..200})"
+
+	attach "$PWD/x.qcow2" || return
+	not_ok "$1: damaged data cannot be read" \
+		dd if="$DEV" of=/dev/null bs=64k skip=3 count=1 iflag=direct
+	like "$1: that is an I/O error" "$(<"$WORK/.out")" 'Input/output'
+	not_ok "$1: and not be copied" xfs_io -d -c 'pwrite -q 200k 4k' "$DEV"
+	ok "$1: what lies before can be read" cmp -n $((3 * 65536)) plain.raw "$DEV"
+	ok "$1: and what lies behind" cmp -i $((4 * 65536)) plain.raw "$DEV"
+	ok "$1: others can be written" xfs_io -d -c 'pwrite -q -S 1 256k 4k' "$DEV"
+	ok "$1: it can be replaced as a whole" xfs_io -d -c 'pwrite -q -b 64k -S 2 192k 64k' "$DEV"
+	detach
+	check_clean x.qcow2 "$1, damaged data"
+	is "$1: the image is not marked corrupt" "$(($(word x.qcow2 72) & 2))" 0
+	cp plain.raw want.raw
+	xfs_io -c 'pwrite -q -S 1 256k 4k' -c 'pwrite -q -S 2 192k 64k' want.raw
+	same want.raw raw x.qcow2 qcow2 "$1, replaced"
+}
+damaged zlib
+damaged zstd
+
+# A file that ends within the last stream gives zeroes, which is damage here; and
+# in an image that is written, so is an entry that points behind the end.
+pack x.qcow2 cluster_size=64k
+put_bytes x.qcow2 "$(l2_entry x.qcow2 5)" 4000000010000000
+attach --read-only "$PWD/x.qcow2"
+not_ok "compressed data behind the end of the file cannot be read" \
+	dd if="$DEV" of=/dev/null bs=64k skip=5 count=1 iflag=direct
+detach
+attach "$PWD/x.qcow2"
+not_ok "nor in an image that is written" \
+	dd if="$DEV" of=/dev/null bs=64k skip=5 count=1 iflag=direct
+not_ok "which takes no more writes" xfs_io -d -c 'pwrite -q 0 4k' -c fsync "$DEV"
+ok "and can still be read" cmp -n $((5 * 65536)) plain.raw "$DEV"
+detach
+
+# What becomes of compressed clusters, and of the host clusters they share
+# changes DESC OPTIONS XFS_IO-COMMAND...
+changes() {
+	local desc=$1 options=$2 c=()
+	shift 2
+
+	for cmd; do
+		c+=(-c "$cmd")
+	done
+	pack x.qcow2 "$options" || return
+	cp plain.raw want.raw
+	attach "$PWD/x.qcow2" || return
+	ok "$desc" xfs_io -d "${c[@]}" "$DEV"
+	detach
+	xfs_io "${c[@]}" want.raw
+	check_clean x.qcow2 "$desc"
+	same want.raw raw x.qcow2 qcow2 "$desc"
+}
+kinds=('cluster_size=64k' 'cluster_size=4k,refcount_bits=2' 'cluster_size=64k,extended_l2=on')
+if [[ ! $QUICK ]]; then
+	kinds+=('cluster_size=64k,compression_type=zstd,refcount_bits=64' 'cluster_size=2M')
+fi
+for options in "${kinds[@]}"; do
+	changes "$options: a sector" "$options" 'pwrite -q -S 3 100k 512'
+	changes "$options: to the end" "$options" "pwrite -q -S 3 $((SIZE - 1536)) 1536"
+	changes "$options: many" "$options" 'pwrite -q -S 3 33k 1111k' 'pwrite -q -S 4 4k 2M'
+	changes "$options: all" "$options" "pwrite -q -b 1M -S 3 0 $SIZE"
+	changes "$options: zeroes" "$options" 'fzero -k 65k 900k' 'fzero -k 3000k 4k'
+	changes "$options: punched" "$options" 'fpunch 65k 900k' 'fpunch 2M 1M' 'fpunch 3k 2k'
+done
+changes "version 2: written and punched" compat=0.10 'pwrite -q -S 3 33k 1111k' 'fpunch 2M 2M'
+
+# Freed clusters are used again, and what was decompressed from them is forgotten.
+pack x.qcow2 cluster_size=4k
+attach "$PWD/x.qcow2"
+cmp plain.raw "$DEV"
+xfs_io -d -c 'fpunch 0 2M' -c fsync "$DEV"
+sleep 1
+xfs_io -d -c 'pwrite -q -b 64k -S 9 0 2M' -c fsync "$DEV"
+detach
+cp plain.raw want.raw
+xfs_io -c 'pwrite -q -S 9 0 2M' want.raw
+check_clean x.qcow2 "after reuse"
+same want.raw raw x.qcow2 qcow2 "after reuse"
+
+# Random requests
+cells=(
+	'cs=64k,packed=zlib'
+	'cs=4k,packed=zstd,jobs=4,hot=512k'
+	'cs=64k,chain=packed,jobs=4'
+	'cs=64k,packed=zlib,snap=1,jobs=4'
+	'cs=2M,size=24M,packed=zstd'
+	'v=2,cs=64k,packed=zlib,chain=raw'
+	'cs=64k,ext=1,packed=zlib,jobs=4'
+	'cs=512,packed=zlib,chain=packed,rc=64,jobs=4'
+	'cs=4k,packed=zlib,rc=1,discard=keep'
+	'cs=16k,ext=1,packed=zstd,chain=packed,snap=1,jobs=8'
+	'cs=64k,packed=zlib,io=buffered,dev=buffered,size=8388908'
+	'cs=1M,packed=zstd,chain=packed,size=16M,jobs=4,cache=256K'
+)
+if [[ $QUICK ]]; then
+	cells=("${cells[@]:0:7}")
+	CELL_OPS=500
+else
+	CELL_OPS=1500
+fi
+for cell in "${cells[@]}"; do
+	run_cell "$cell"
+done
+
+no_kernel_report
+done_testing
