@@ -106,6 +106,9 @@ refused "compression type 1 without its bit" 104 01
 refused "compression type 7" 72 0000000000000008 104 07
 refused "header extension longer than the cluster" 112 12345678 116 00010000
 refused "header extension of 2^32-1 bytes" 112 12345678 116 ffffffff
+bitmaps=(88 0000000000000001 112 23852875 116 00000018 120 0000000100000000)
+refused "bitmap directory that wraps" "${bitmaps[@]}" 128 0000000000020000 136 ffffffffffff0000
+refused "bitmap directory at the header" "${bitmaps[@]}" 128 0000000000000018 136 0000000000000000
 refused "backing format of 2^32-8 bytes" 112 e2792aca 116 fffffff8
 : >bad.qcow2
 refused_empty() {

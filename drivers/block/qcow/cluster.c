@@ -188,7 +188,8 @@ out_unlock:
 }
 
 /*
- * The L2 block for a guest offset, in a table that may be changed, prepared.
+ * The L2 block for a guest offset, in a table that may be changed, prepared; to be
+ * given back with qcow_l2_release().
  * An entry can be changed by whoever holds the lock on its cluster's range.
  */
 static struct qcow_block *qcow_l2_for_write(struct qcow_image *image,
@@ -219,15 +220,27 @@ static struct qcow_block *qcow_l2_for_write(struct qcow_image *image,
 				  entry & QCOW_L1_OFFSET_MASK);
 	if (err)
 		return ERR_PTR(err);
+	down(&image->l2_writers);
 	block = qcow_l2_block(image, entry, guest_offset, index);
-	if (IS_ERR(block))
+	if (IS_ERR(block)) {
+		up(&image->l2_writers);
 		return block;
+	}
 	err = qcow_block_prepare(block);
 	if (err) {
 		qcow_block_put(block);
+		up(&image->l2_writers);
 		return ERR_PTR(err);
 	}
 	return block;
+}
+
+/* Give it back. In any context. */
+static void qcow_l2_release(struct qcow_image *image, struct qcow_block *block)
+{
+	qcow_block_unprepare(block);
+	qcow_block_put(block);
+	up(&image->l2_writers);
 }
 
 /* How a write treats a cluster. */
@@ -350,6 +363,9 @@ static int qcow_write_surround(struct qcow_image *image,
 		return err;
 	*tail = allocated & BIT(end_sub) ? 0 : last_base +
 		((write->last_sub + 1) << image->subcluster_bits) - end;
+	/* The data file may end with the disk. */
+	if (qcow_is_external(image))
+		*tail = min_t(u64, *tail, image->size - end);
 	return 0;
 }
 
@@ -642,8 +658,7 @@ void qcow_write_end(struct qcow_write *write, int error)
 	spin_unlock_irqrestore(&image->lock, flags);
 	wake_up_all(&image->range_wait);
 
-	qcow_block_unprepare(write->l2);
-	qcow_block_put(write->l2);
+	qcow_l2_release(image, write->l2);
 	qcow_frees_discard(image, &write->frees);
 	if (write->abort)
 		qcow_free_discard(image, write->abort);
@@ -884,8 +899,7 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 	else if (mode == QCOW_CLEAR_PUNCH)
 		err = qcow_punch_entries(image, block, index, count);
 out_put:
-	qcow_block_unprepare(block);
-	qcow_block_put(block);
+	qcow_l2_release(image, block);
 out_unlock:
 	qcow_range_unlock(image, &range);
 	return err;
@@ -938,10 +952,14 @@ static int qcow_zero_subclusters(struct qcow_chain *chain, u64 guest_offset,
 	struct qcow_block *block;
 	bool packed = false;
 	unsigned int index;
-	int err;
+	int epoch, err;
+	bool zero;
 
 	/* No reason to make tables. */
-	if (qcow_chain_is_zero(chain, 0, guest_offset, length, &err) || err)
+	epoch = qcow_image_enter(image);
+	zero = qcow_chain_is_zero(chain, 0, guest_offset, length, &err);
+	qcow_image_exit(image, epoch);
+	if (zero || err)
 		return err;
 	qcow_commit_throttle(image);
 	qcow_range_lock(image, &range, cluster, cluster);
@@ -967,8 +985,7 @@ static int qcow_zero_subclusters(struct qcow_chain *chain, u64 guest_offset,
 	if (state.allocated & mask)
 		synchronize_srcu_expedited(&image->epoch);
 out_put:
-	qcow_block_unprepare(block);
-	qcow_block_put(block);
+	qcow_l2_release(image, block);
 out_unlock:
 	qcow_range_unlock(image, &range);
 	return packed ? qcow_zero_data(chain, guest_offset, length, false) :

@@ -244,7 +244,8 @@ static int qcow_commit_group(struct qcow_image *image)
 		list_splice_tail_init(&frees, &image->reclaims);
 		image->nr_frees -= nr_frees;
 		image->nr_reclaims += nr_frees;
-		image->pending_first = pending_end;
+		image->pending_first = clamp(pending_end, image->pending_first,
+					     image->pending_end);
 	}
 	if (image->nr_reclaims)
 		queue_work(image->wq, &image->reclaim_work);

@@ -421,7 +421,7 @@ static struct qcow_unpacked *qcow_unpacked_alloc(struct qcow_image *image)
 		if (unpacked)
 			break;
 		if (!qcow_unpack_evict(unpack, 1))
-			io_schedule_timeout(1);
+			schedule_timeout_uninterruptible(1);
 	}
 	unpacked->image = image;
 	unpacked->size = cluster_size + sizeof(*unpacked);
@@ -655,7 +655,7 @@ int qcow_unpack_reserve(struct qcow_image *image)
 {
 	struct qcow_unpack *unpack = &image->cache->unpack;
 	size_t workspace_size = qcow_codec(image)->workspace_size();
-	u64 bytes;
+	size_t bytes;
 
 	if (image->cluster_bits <= unpack->cluster_bits &&
 	    workspace_size <= unpack->workspace_size)

@@ -294,18 +294,6 @@ static const struct block_device_operations qcow_disk_ops = {
 
 /* ---- files and images ---------------------------------------------------- */
 
-/*
- * Kernel threads have no return to user mode at which fput() would close the
- * file, and it would be closed some time later.
- */
-static void qcow_fput(struct file *file)
-{
-	if (current->flags & PF_KTHREAD)
-		__fput_sync(file);
-	else
-		fput(file);
-}
-
 static void qcow_device_put_files(struct qcow_device *dev)
 {
 	unsigned int i;

@@ -130,6 +130,23 @@ int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 }
 
 /**
+ * qcow_fput - drop a reference to a file
+ * @file: the file
+ *
+ * Kernel threads have no return to user mode at which fput() would close the
+ * file, and it would be closed some time later.
+ *
+ * Context: may sleep; without locks that closing the file may need.
+ */
+void qcow_fput(struct file *file)
+{
+	if (current->flags & PF_KTHREAD)
+		__fput_sync(file);
+	else
+		fput(file);
+}
+
+/**
  * qcow_file_release - undo qcow_file_init()
  * @f: the file; may be unused so far
  */
@@ -139,7 +156,7 @@ void qcow_file_release(struct qcow_file *f)
 		return;
 	if (!f->writable && !f->bdev)
 		allow_write_access(f->file);
-	fput(f->file);
+	qcow_fput(f->file);
 	f->file = NULL;
 }
 
@@ -257,8 +274,12 @@ int qcow_file_rw(struct qcow_file *f, struct iov_iter *iter, loff_t pos,
 		qcow_iocb_init(&iocb, f, pos, iocb_flags, write);
 		ret = qcow_iocb_issue(&iocb, iter);
 		qcow_iocb_end(&iocb);
-		if (ret == -EINTR || ret == -ERESTARTSYS)
+		/* A process that is being killed would get the same again. */
+		if ((ret == -EINTR || ret == -ERESTARTSYS) &&
+		    !fatal_signal_pending(current))
 			continue;
+		if (ret == -ERESTARTSYS)
+			ret = -EINTR;
 		if (ret < 0)
 			return ret;
 		if (!ret && write)

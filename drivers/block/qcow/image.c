@@ -272,6 +272,7 @@ static void qcow_image_free(struct qcow_image *image)
 	qcow_cache_drop_all(image);
 	qcow_unpack_drop_all(image);
 	xa_destroy(&image->metadata);
+	kvfree(image->known);
 	mempool_exit(&image->free_pool);
 	kfree(image->bounce);
 	kfree(image->header_scratch);
@@ -306,6 +307,7 @@ static struct qcow_image *qcow_image_alloc(u32 format, bool writable,
 	INIT_LIST_HEAD(&image->frees);
 	INIT_LIST_HEAD(&image->reclaims);
 	INIT_LIST_HEAD(&image->ranges);
+	sema_init(&image->l2_writers, QCOW_MAX_L2_WRITERS);
 	init_waitqueue_head(&image->range_wait);
 	mutex_init(&image->table_mutex);
 	mutex_init(&image->commit_mutex);
@@ -458,7 +460,7 @@ out_unlock:
 }
 
 /* Write everything that is left, and give back what was grown ahead of use. */
-static int qcow_image_finish(struct qcow_image *image)
+static int qcow_image_write_all(struct qcow_image *image)
 {
 	int err;
 
@@ -476,6 +478,34 @@ static int qcow_image_finish(struct qcow_image *image)
 	    qcow_file_size(&image->file) > image->end_offset)
 		err = qcow_file_truncate(&image->file, image->end_offset);
 	return err ?: qcow_file_sync(&image->file);
+}
+
+struct qcow_finish {
+	struct work_struct work;
+	struct qcow_image *image;
+	int err;
+};
+
+static void qcow_finish_work_fn(struct work_struct *work)
+{
+	struct qcow_finish *finish = container_of(work, struct qcow_finish, work);
+
+	finish->err = qcow_image_write_all(finish->image);
+}
+
+/*
+ * In a worker: the caller may be about to be killed, or may have a limit on the
+ * size of files, and neither is a reason to lose what was not flushed.
+ */
+static int qcow_image_finish(struct qcow_image *image)
+{
+	struct qcow_finish finish = { .image = image };
+
+	INIT_WORK_ONSTACK(&finish.work, qcow_finish_work_fn);
+	queue_work(system_unbound_wq, &finish.work);
+	flush_work(&finish.work);
+	destroy_work_on_stack(&finish.work);
+	return finish.err;
 }
 
 /**

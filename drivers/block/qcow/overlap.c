@@ -5,15 +5,21 @@
  * In a sound image nothing but the tables themselves leads to a cluster of a
  * table. In a damaged one an L2 entry may, or the allocator, where the count of
  * a table is zero. So before a guest's data goes to a cluster, before a cluster
- * is taken, and before one is freed, it is looked up in image->metadata, an
- * xarray from host cluster to kind. The look-up takes no lock, and its cost does
- * not grow with the image.
+ * is taken, and before one is freed, it is looked up here. The look-up takes no
+ * lock, and its cost does not grow with the image, but for the logarithm of how
+ * many tables it has.
  *
  * What is known: header, L1 table, refcount table, snapshot table, L1 tables of
  * snapshots and the bitmap directory, from the header; L2 tables and refcount
  * blocks, from the tables that lead to them, which attach reads once; and what
  * the driver makes later. L2 tables that only snapshots have are not known: that
  * would take reading all of them.
+ *
+ * L2 tables and refcount blocks that were there at attach are in image->known, a
+ * sorted array of offsets with the kind in the low bits, which takes no more memory
+ * than the L1 and the refcount table; all else is in image->metadata, an xarray
+ * from host cluster to kind. Only what lies in the file is known: nothing else is
+ * ever written.
  *
  * A cluster has one kind, the first that was found. A table that is written must
  * be of its own kind, so one that lies on top of another one is never written.
@@ -22,11 +28,22 @@
  * others from making or freeing that table.
  */
 #include <linux/slab.h>
+#include <linux/sort.h>
 
 #include "qcow.h"
 
+/* The low bits of what is in image->known. Offsets of clusters have none. */
+#define QCOW_KNOWN_KIND		0x1ffULL
+#define QCOW_KNOWN_NOTHING	0x1ffULL
+
 /* How much of a table attach reads at once. */
 #define QCOW_OVERLAP_STEP	(64U << 10)
+
+/*
+ * Clusters of snapshots' L1 tables that are looked up, by which the memory for it
+ * is bounded. What is more has nothing but its counts to protect it.
+ */
+#define QCOW_OVERLAP_SNAPSHOT_L1	(1U << 18)
 
 static const char * const qcow_metadata_names[] = {
 	[QCOW_METADATA_HEADER] = "header",
@@ -51,7 +68,54 @@ static bool qcow_overlap_range(const struct qcow_image *image, u64 host_offset,
 
 	*first = host_offset >> image->cluster_bits;
 	*last = end;
-	return length && end <= ULONG_MAX;
+	return length && length - 1 <= U64_MAX - host_offset && end <= ULONG_MAX;
+}
+
+/* The first of the known tables that begins at @host_offset or behind it. */
+static size_t qcow_known_from(const struct qcow_image *image, u64 host_offset)
+{
+	size_t first = 0, end = image->nr_known;
+
+	while (first < end) {
+		size_t middle = first + (end - first) / 2;
+
+		if ((READ_ONCE(image->known[middle]) & ~QCOW_KNOWN_KIND) <
+		    host_offset)
+			first = middle + 1;
+		else
+			end = middle;
+	}
+	return first;
+}
+
+/*
+ * What is first in a range: its kind, and *@at, its offset; -1 if nothing is.
+ */
+static int qcow_overlap_find(struct qcow_image *image, u64 host_offset,
+			     u64 length, u64 *at)
+{
+	unsigned long cluster, last;
+	void *entry;
+	size_t i;
+	u64 known;
+
+	if (!qcow_overlap_range(image, host_offset, length, &cluster, &last))
+		return -1;
+	entry = xa_find(&image->metadata, &cluster, last, XA_PRESENT);
+	if (entry) {
+		*at = (u64)cluster << image->cluster_bits;
+		return xa_to_value(entry);
+	}
+	host_offset &= ~(u64)(qcow_cluster_size(image) - 1);
+	for (i = qcow_known_from(image, host_offset); i < image->nr_known; i++) {
+		known = READ_ONCE(image->known[i]);
+		*at = known & ~QCOW_KNOWN_KIND;
+		if (*at >> image->cluster_bits > last)
+			break;
+		if ((known & QCOW_KNOWN_KIND) != QCOW_KNOWN_NOTHING)
+			return known & QCOW_KNOWN_KIND;
+	}
+	return -1;
 }
 
 /**
@@ -94,11 +158,18 @@ void qcow_overlap_remove(struct qcow_image *image, u64 host_offset, u64 length)
 {
 	unsigned long cluster, last;
 	void *entry;
+	size_t i;
 
 	if (!qcow_overlap_range(image, host_offset, length, &cluster, &last))
 		return;
 	xa_for_each_range(&image->metadata, cluster, entry, cluster, last)
 		xa_erase(&image->metadata, cluster);
+	for (i = qcow_known_from(image, host_offset); i < image->nr_known; i++) {
+		if (image->known[i] >= host_offset + length)
+			break;
+		WRITE_ONCE(image->known[i],
+			   image->known[i] | QCOW_KNOWN_NOTHING);
+	}
 }
 
 /**
@@ -113,17 +184,13 @@ void qcow_overlap_remove(struct qcow_image *image, u64 host_offset, u64 length)
  */
 int qcow_overlap_check(struct qcow_image *image, u64 host_offset, u64 length)
 {
-	unsigned long cluster, last;
-	void *entry;
+	u64 at;
+	int kind = qcow_overlap_find(image, host_offset, length, &at);
 
-	if (!qcow_overlap_range(image, host_offset, length, &cluster, &last))
-		return 0;
-	entry = xa_find(&image->metadata, &cluster, last, XA_PRESENT);
-	if (likely(!entry))
+	if (likely(kind < 0))
 		return 0;
 	qcow_image_corrupt(image, "a write was stopped that would have hit the %s at host offset 0x%llx",
-			   qcow_metadata_names[xa_to_value(entry)],
-			   (u64)cluster << image->cluster_bits);
+			   qcow_metadata_names[kind], at);
 	return -EIO;
 }
 
@@ -165,22 +232,18 @@ int qcow_overlap_check_data(struct qcow_image *image, u64 host_offset,
 int qcow_overlap_expect(struct qcow_image *image, enum qcow_metadata kind,
 			u64 host_offset)
 {
-	unsigned long cluster, last;
-	void *entry;
+	u64 at;
+	int found = qcow_overlap_find(image, host_offset, 1, &at);
 
-	if (!qcow_overlap_range(image, host_offset, 1, &cluster, &last))
-		return 0;
-	entry = xa_load(&image->metadata, cluster);
-	if (likely(entry && xa_to_value(entry) == kind))
+	if (likely(found == (int)kind))
 		return 0;
 	qcow_image_corrupt(image, "the %s at host offset 0x%llx lies on top of %s",
 			   qcow_metadata_names[kind], host_offset,
-			   entry ? qcow_metadata_names[xa_to_value(entry)] :
-				   "other data");
+			   found < 0 ? "other data" : qcow_metadata_names[found]);
 	return -EIO;
 }
 
-/* Add what the entries of a table lead to. Those that are wrong are not used. */
+/* Add what the entries of a table lead to; those that are wrong are never used. */
 static int qcow_overlap_add_entries(struct qcow_image *image,
 				    enum qcow_metadata kind, u64 table_offset,
 				    u64 length, u64 mask)
@@ -201,9 +264,9 @@ static int qcow_overlap_add_entries(struct qcow_image *image,
 				       round_up(step, QCOW_SECTOR), table_offset);
 		for (i = 0; i < step / sizeof(*entries) && !err; i++) {
 			offset = be64_to_cpu(entries[i]) & mask;
-			if (offset && !(offset & (cluster_size - 1)))
-				qcow_overlap_add(image, kind, offset,
-						 cluster_size);
+			if (offset && !(offset & (cluster_size - 1)) &&
+			    qcow_image_has(image, offset, cluster_size))
+				image->known[image->nr_known++] = offset | kind;
 		}
 		cond_resched();
 	}
@@ -211,11 +274,50 @@ static int qcow_overlap_add_entries(struct qcow_image *image,
 	return err;
 }
 
+static int qcow_known_compare(const void *a, const void *b)
+{
+	const u64 *x = a, *y = b;
+
+	return *x < *y ? -1 : *x > *y;
+}
+
+/* Find the tables that the L1 and the refcount table lead to. */
+static int qcow_overlap_find_known(struct qcow_image *image, u64 l1_bytes,
+				   u64 reftable_bytes)
+{
+	const struct qcow_header *header = &image->header;
+	u64 *known;
+	int err;
+
+	image->known = kvmalloc(l1_bytes + reftable_bytes, GFP_KERNEL);
+	if (!image->known)
+		return -ENOMEM;
+	err = qcow_overlap_add_entries(image, QCOW_METADATA_REFBLOCK,
+				       header->refcount_table_offset,
+				       reftable_bytes, QCOW_RT_OFFSET_MASK) ?:
+	      qcow_overlap_add_entries(image, QCOW_METADATA_L2,
+				       header->l1_table_offset, l1_bytes,
+				       QCOW_L1_OFFSET_MASK);
+	if (err)
+		return err;
+	/* Most of it may have been for entries that are empty. */
+	known = kvmalloc_array(image->nr_known + 1, sizeof(*known), GFP_KERNEL);
+	if (!known)
+		return -ENOMEM;
+	memcpy(known, image->known, image->nr_known * sizeof(*known));
+	kvfree(image->known);
+	image->known = known;
+	sort(known, image->nr_known, sizeof(*known), qcow_known_compare, NULL);
+	return 0;
+}
+
 static int qcow_overlap_add_snapshots(struct qcow_image *image,
 				      struct qcow_message *msg)
 {
 	const struct qcow_header *header = &image->header;
+	u32 left = QCOW_OVERLAP_SNAPSHOT_L1;
 	struct qcow_snapshot snapshot = {};
+	u64 clusters;
 	int err;
 	u32 i;
 
@@ -224,14 +326,19 @@ static int qcow_overlap_add_snapshots(struct qcow_image *image,
 			qcow_snapshot_next(image, &snapshot, msg);
 		if (err)
 			return err;
-		/* What cannot be a table is of concern to who uses it. */
-		if (!(snapshot.l1_table_offset & (qcow_cluster_size(image) - 1)) &&
-		    snapshot.l1_table_offset < QCOW_MAX_HOST_OFFSET &&
-		    snapshot.l1_size <= QCOW_MAX_L1_BYTES / sizeof(__be64))
-			qcow_overlap_add(image, QCOW_METADATA_SNAPSHOT_L1,
-					 snapshot.l1_table_offset,
-					 snapshot.l1_size * sizeof(__be64));
 		cond_resched();
+		clusters = ((u64)snapshot.l1_size * sizeof(__be64) +
+			    qcow_cluster_size(image) - 1) >> image->cluster_bits;
+		/* What cannot be a table is of concern to who uses it. */
+		if (snapshot.l1_table_offset & (qcow_cluster_size(image) - 1) ||
+		    !qcow_image_has(image, snapshot.l1_table_offset,
+				    clusters << image->cluster_bits) ||
+		    clusters > left)
+			continue;
+		left -= clusters;
+		qcow_overlap_add(image, QCOW_METADATA_SNAPSHOT_L1,
+				 snapshot.l1_table_offset,
+				 clusters << image->cluster_bits);
 	}
 	qcow_overlap_add(image, QCOW_METADATA_SNAPSHOTS,
 			 header->snapshots_offset, snapshot.next ?
@@ -266,12 +373,7 @@ int qcow_overlap_init(struct qcow_image *image, struct qcow_message *msg)
 	err = qcow_overlap_add_snapshots(image, msg);
 	if (err)
 		return err;
-	err = qcow_overlap_add_entries(image, QCOW_METADATA_REFBLOCK,
-				       header->refcount_table_offset,
-				       reftable_bytes, QCOW_RT_OFFSET_MASK) ?:
-	      qcow_overlap_add_entries(image, QCOW_METADATA_L2,
-				       header->l1_table_offset, l1_bytes,
-				       QCOW_L1_OFFSET_MASK);
+	err = qcow_overlap_find_known(image, l1_bytes, reftable_bytes);
 	if (err)
 		qcow_message_set(msg, "cannot read its L1 or refcount table: error %d",
 				 -err);

@@ -41,6 +41,7 @@
 #include <linux/percpu.h>
 #include <linux/refcount.h>
 #include <linux/sched.h>
+#include <linux/semaphore.h>
 #include <linux/seqlock.h>
 #include <linux/spinlock.h>
 #include <linux/srcu.h>
@@ -124,6 +125,7 @@ struct qcow_io {
 int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 		   u32 io_mode, struct qcow_message *msg);
 void qcow_file_release(struct qcow_file *f);
+void qcow_fput(struct file *file);
 u64 qcow_file_size(const struct qcow_file *f);
 void qcow_io_submit(struct qcow_io *io, struct qcow_file *f, loff_t pos,
 		    int iocb_flags);
@@ -185,6 +187,14 @@ void qcow_unpack_drop_all(struct qcow_image *image);
 /* A block is a page of a table, or a cluster where clusters are smaller. */
 #define QCOW_BLOCK_BITS		12
 #define QCOW_BLOCK_SIZE		BIT(QCOW_BLOCK_BITS)
+
+/*
+ * Blocks and shadows that are set aside for when memory is short, and how many of
+ * them those may hold at once who wait for further ones: a write that changes
+ * the mapping has an L2 block while it allocates.
+ */
+#define QCOW_POOL_MIN		64
+#define QCOW_MAX_L2_WRITERS	32
 
 /**
  * struct qcow_cache_stats - counted on each CPU
@@ -281,7 +291,7 @@ struct qcow_block {
 	enum qcow_block_kind kind;
 	struct list_head dirty_node;
 	struct list_head writing_node;
-	seqcount_t seq;
+	seqcount_spinlock_t seq;
 	struct list_head lru;
 	struct rcu_head rcu;
 };
@@ -353,6 +363,8 @@ struct qcow_image {
 	struct qcow_cache *cache;
 	struct xarray blocks;		/* by host offset >> block_bits */
 	struct xarray metadata;		/* by host cluster, see overlap.c */
+	u64 *known;			/* tables that attach found, likewise */
+	size_t nr_known;
 	unsigned long nr_unpacked;	/* of it in @cache, unpack->lock */
 
 	spinlock_t lock;		/* see the lock order above */
@@ -364,6 +376,7 @@ struct qcow_image {
 	u64 nr_frees;			/* runs in @frees, image->lock */
 	u64 nr_reclaims;		/* runs in @reclaims, image->lock */
 	mempool_t free_pool;		/* struct qcow_free */
+	struct semaphore l2_writers;	/* L2 blocks that may be prepared */
 	struct list_head ranges;	/* image->lock */
 	wait_queue_head_t range_wait;
 

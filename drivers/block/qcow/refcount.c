@@ -417,10 +417,13 @@ static int qcow_refblocks_create(struct qcow_image *image, u64 first)
 	unsigned int entry;
 	u64 table_offset;
 	u64 index, last;
-	int err;
+	int epoch, err;
 
+	/* The table may move; its old place is not used again before we have it. */
+	epoch = qcow_image_enter(image);
 	table_offset = READ_ONCE(image->reftable_offset);
 	table = qcow_reftable_block(image, first, &entry);
+	qcow_image_exit(image, epoch);
 	if (IS_ERR(table))
 		return PTR_ERR(table);
 	/* May run a commit, so before alloc_mutex. */

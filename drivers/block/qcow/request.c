@@ -198,8 +198,12 @@ static void qcow_segment_end(struct qcow_segment *seg, int err)
 {
 	struct qcow_request *req = seg->req;
 
-	/* It may have been the barrier in it, which tells of others' writes. */
-	if (err && seg->iocb_flags & IOCB_DSYNC)
+	/*
+	 * It may have been the barrier in it, which tells of others' writes; but
+	 * not where there was no space or memory to begin the write with.
+	 */
+	if (err && seg->iocb_flags & IOCB_DSYNC &&
+	    qcow_status(err) == BLK_STS_IOERR)
 		qcow_image_fail(qcow_request_image(req),
 				"durable write failed with error %d", err);
 	if (seg->mapping) {

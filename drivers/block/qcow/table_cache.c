@@ -27,9 +27,6 @@
 #include "qcow.h"
 #include "trace.h"
 
-/* Blocks and shadows that are set aside for when memory is short. */
-#define QCOW_POOL_MIN	16
-
 #define QCOW_CACHE_DEFAULT	(16ULL << 20)
 #define QCOW_CACHE_MIN		(256ULL << 10)
 
@@ -252,7 +249,7 @@ void qcow_cache_put(struct qcow_cache *cache)
 void qcow_cache_relieve(struct qcow_cache *cache)
 {
 	if (!qcow_cache_evict(cache, 8))
-		io_schedule_timeout(1);
+		schedule_timeout_uninterruptible(1);
 }
 
 static struct qcow_block *qcow_block_alloc(struct qcow_cache *cache)
@@ -264,7 +261,7 @@ static struct qcow_block *qcow_block_alloc(struct qcow_cache *cache)
 	/* Rather an old block than waiting for memory. */
 	while (!(block = mempool_alloc(&cache->pool, GFP_NOWAIT | __GFP_NOWARN))) {
 		qcow_cache_evict(cache, 1);
-		io_schedule_timeout(1);
+		schedule_timeout_uninterruptible(1);
 	}
 	return block;
 }
@@ -310,6 +307,9 @@ struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset)
 	struct qcow_block *block, *old;
 	int err;
 
+	/* Before the look-up: its index would be cut off. */
+	if (!qcow_block_addressable(image, host_offset))
+		return ERR_PTR(-EFBIG);
 	block = qcow_block_lookup(image, host_offset);
 	if (likely(block)) {
 		if (!test_bit(QCOW_BLOCK_REFERENCED, &block->state))
@@ -320,8 +320,6 @@ struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset)
 		this_cpu_inc(cache->stats->hits);
 		return block;
 	}
-	if (!qcow_block_addressable(image, host_offset))
-		return ERR_PTR(-EFBIG);
 
 	block = qcow_block_alloc(cache);
 	block->cache = cache;
@@ -336,7 +334,7 @@ struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset)
 	block->kind = QCOW_BLOCK_KINDS;
 	INIT_LIST_HEAD(&block->dirty_node);
 	INIT_LIST_HEAD(&block->writing_node);
-	seqcount_init(&block->seq);
+	seqcount_spinlock_init(&block->seq, &image->lock);
 	INIT_LIST_HEAD(&block->lru);
 	/* One pin for the cache, one for us. */
 	refcount_set(&block->pins, 2);
@@ -447,7 +445,7 @@ int qcow_block_prepare(struct qcow_block *block)
 		err = qcow_commit(image);
 		if (err)
 			break;
-		io_schedule_timeout(1);
+		schedule_timeout_uninterruptible(1);
 	}
 	if (shadow)
 		mempool_free(shadow, &image->cache->shadows);
