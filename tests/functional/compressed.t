@@ -91,6 +91,12 @@ l2_entry() {
 	echo $((($(word "$1" "$l1") & 0xfffffffffffe00) + 8 * $2))
 }
 
+# these_read FIRST [COUNT]: clusters of 64 KiB, without reading ahead of them
+these_read() {
+	cmp <(dd if="$DEV" bs=64k skip="$1" ${2:+count="$2"} iflag=direct status=none) \
+		<(dd if=plain.raw bs=64k skip="$1" ${2:+count="$2"} status=none)
+}
+
 # Damage to compressed data fails the requests that meet it, nothing else.
 # damaged TYPE
 damaged() {
@@ -107,8 +113,8 @@ damaged() {
 		dd if="$DEV" of=/dev/null bs=64k skip=3 count=1 iflag=direct
 	like "$1: that is an I/O error" "$(<"$WORK/.out")" 'Input/output'
 	not_ok "$1: and not be copied" xfs_io -d -c 'pwrite -q 200k 4k' "$DEV"
-	ok "$1: what lies before can be read" cmp -n $((3 * 65536)) plain.raw "$DEV"
-	ok "$1: and what lies behind" cmp -i $((4 * 65536)) plain.raw "$DEV"
+	ok "$1: what lies before can be read" these_read 0 3
+	ok "$1: and what lies behind" these_read 4
 	ok "$1: others can be written" xfs_io -d -c 'pwrite -q -S 1 256k 4k' "$DEV"
 	ok "$1: it can be replaced as a whole" xfs_io -d -c 'pwrite -q -b 64k -S 2 192k 64k' "$DEV"
 	detach
@@ -133,7 +139,7 @@ attach "$PWD/x.qcow2"
 not_ok "nor in an image that is written" \
 	dd if="$DEV" of=/dev/null bs=64k skip=5 count=1 iflag=direct
 not_ok "which takes no more writes" xfs_io -d -c 'pwrite -q 0 4k' -c fsync "$DEV"
-ok "and can still be read" cmp -n $((5 * 65536)) plain.raw "$DEV"
+ok "and can still be read" these_read 0 5
 detach
 
 # What becomes of compressed clusters, and of the host clusters they share
