@@ -104,9 +104,9 @@ damaged() {
 	put_bytes bad.qcow2 $((table + $2)) "$3"
 	refused "$1" 3 "$4" --snapshot=small bad.qcow2
 }
-damaged "L1 table not aligned" 0 0000000000040001 'cannot be right'
-damaged "L1 table at 2^63" 0 8000000000000000 'cannot be right'
-damaged "L1 table of 2^32-1 entries" 8 ffffffff 'cannot be right'
+damaged "L1 table not aligned" 0 0000000000040001 'l1_table_offset is 262145'
+damaged "L1 table at 2^63" 0 8000000000000000 'l1_table_offset is 9223372036854775808'
+damaged "L1 table of 2^32-1 entries" 8 ffffffff 'l1_size is 4294967295'
 damaged "L1 table too small" 8 00000000 'too small'
 damaged "extra data of 2^32-1 bytes" 36 ffffffff 'extra data'
 damaged "a disk of 2^64-1 bytes" 48 ffffffffffffffff 'too big'

@@ -1603,12 +1603,13 @@ static bool open_image_match(struct kunit *test, struct kunit_resource *res,
 }
 
 static struct qcow_image *image_open(struct qcow_test_file *tf, u32 format,
-				     bool writable, u64 cache_limit)
+				     const char *snapshot, bool writable,
+				     u64 cache_limit)
 {
 	struct file *file = qcow_test_file_open(tf, writable);
 	struct qcow_image_source source = {
-		.file = file, .format = format, .io_mode = QCOW_IO_BUFFERED,
-		.writable = writable,
+		.file = file, .format = format, .snapshot = snapshot,
+		.io_mode = QCOW_IO_BUFFERED, .writable = writable,
 	};
 	struct qcow_cache *cache = qcow_cache_create(cache_limit);
 	struct qcow_message msg = {};
@@ -1644,7 +1645,20 @@ static struct qcow_image *image_open(struct qcow_test_file *tf, u32 format,
  */
 struct qcow_image *qcow_test_image_open(struct qcow_test_file *tf, bool writable)
 {
-	return image_open(tf, QCOW_FORMAT_QCOW2, writable, 0);
+	return image_open(tf, QCOW_FORMAT_QCOW2, NULL, writable, 0);
+}
+
+/**
+ * qcow_test_snapshot_open() - open an internal snapshot with the driver, read only
+ * @tf: the file
+ * @snapshot: its ID or name
+ *
+ * It is closed at the end of the test.
+ */
+struct qcow_image *qcow_test_snapshot_open(struct qcow_test_file *tf,
+					   const char *snapshot)
+{
+	return image_open(tf, QCOW_FORMAT_QCOW2, snapshot, false, 0);
 }
 
 /**
@@ -1656,7 +1670,7 @@ struct qcow_image *qcow_test_image_open(struct qcow_test_file *tf, bool writable
 struct qcow_image *qcow_test_image_open_cached(struct qcow_test_file *tf,
 					       bool writable, u64 limit)
 {
-	return image_open(tf, QCOW_FORMAT_QCOW2, writable, limit);
+	return image_open(tf, QCOW_FORMAT_QCOW2, NULL, writable, limit);
 }
 
 /**
@@ -1667,23 +1681,24 @@ struct qcow_image *qcow_test_image_open_cached(struct qcow_test_file *tf,
  */
 struct qcow_image *qcow_test_raw_open(struct qcow_test_file *tf)
 {
-	return image_open(tf, QCOW_FORMAT_RAW, false, 0);
+	return image_open(tf, QCOW_FORMAT_RAW, NULL, false, 0);
 }
 
 /**
  * qcow_test_try_open() - see whether the driver takes the image in a file
  * @tf: the file
+ * @snapshot: ID or name of the snapshot to open, or NULL
  * @writable: for writing too
  * @msg: what the driver says
  *
  * Return: what qcow_image_open() returned; the image is closed again.
  */
-int qcow_test_try_open(struct qcow_test_file *tf, bool writable,
-		       struct qcow_message *msg)
+int qcow_test_try_open(struct qcow_test_file *tf, const char *snapshot,
+		       bool writable, struct qcow_message *msg)
 {
 	struct file *file = qcow_test_file_open(tf, writable);
 	struct qcow_image_source source = {
-		.file = file, .format = QCOW_FORMAT_QCOW2,
+		.file = file, .format = QCOW_FORMAT_QCOW2, .snapshot = snapshot,
 		.io_mode = QCOW_IO_BUFFERED, .writable = writable,
 	};
 	struct qcow_cache *cache = qcow_cache_create(0);

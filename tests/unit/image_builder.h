@@ -204,9 +204,11 @@ struct qcow_image *qcow_test_image_open(struct qcow_test_file *tf,
 					bool writable);
 struct qcow_image *qcow_test_image_open_cached(struct qcow_test_file *tf,
 					       bool writable, u64 limit);
+struct qcow_image *qcow_test_snapshot_open(struct qcow_test_file *tf,
+					   const char *snapshot);
 struct qcow_image *qcow_test_raw_open(struct qcow_test_file *tf);
-int qcow_test_try_open(struct qcow_test_file *tf, bool writable,
-		       struct qcow_message *msg);
+int qcow_test_try_open(struct qcow_test_file *tf, const char *snapshot,
+		       bool writable, struct qcow_message *msg);
 struct qcow_chain *qcow_test_chain(struct kunit *test, struct qcow_image *top,
 				   struct qcow_image *below,
 				   struct qcow_image *bottom);

@@ -506,7 +506,7 @@ static void a_bad_refcount_table_stops_allocation(struct kunit *test)
 	memcpy(disk->bytes + 65536, &entry, sizeof(entry));
 	tf = qcow_test_file_create(disk);
 	/* It may be noticed as early as that. */
-	if (qcow_test_try_open(tf, true, &msg))
+	if (qcow_test_try_open(tf, NULL, true, &msg))
 		return;
 	image = qcow_test_image_open(tf, true);
 	KUNIT_EXPECT_NE(test, alloc(test, image, 1, &cluster, &got), 0);

@@ -43,7 +43,7 @@
  * Clusters of snapshots' L1 tables that are looked up, by which the memory for it
  * is bounded. What is more has nothing but its counts to protect it.
  */
-#define QCOW_OVERLAP_SNAPSHOT_L1	(1U << 18)
+#define QCOW_OVERLAP_SNAPSHOT_L1	BIT(18)
 
 static const char * const qcow_metadata_names[] = {
 	[QCOW_METADATA_HEADER] = "header",
@@ -351,8 +351,8 @@ static int qcow_overlap_add_snapshots(struct qcow_image *image,
  * @image: a writable image that is being opened
  * @msg: where to say what is wrong
  *
- * Return: 0, -ENOMEM, -EINTR, -EINVAL or -EFBIG if the snapshot table is damaged,
- * or the errno of a read.
+ * Return: 0, -ENOMEM, -EINTR, -EFBIG if the snapshot table is damaged, or the errno
+ * of a read.
  */
 int qcow_overlap_init(struct qcow_image *image, struct qcow_message *msg)
 {

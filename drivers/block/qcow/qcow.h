@@ -589,7 +589,8 @@ void qcow_free_reclaim(struct qcow_image *image, struct qcow_free *free);
  * struct qcow_snapshot - an entry of the snapshot table, not checked yet
  * @l1_table_offset: host offset, bytes
  * @l1_size: entries
- * @size: of the disk, bytes
+ * @has_size: the entry says how large the disk was
+ * @size: of the disk, bytes; of the image's where the entry does not say
  * @id_offset: where its ID is, bytes; the name follows
  * @id_size: bytes
  * @name_size: bytes
@@ -598,6 +599,7 @@ void qcow_free_reclaim(struct qcow_image *image, struct qcow_free *free);
 struct qcow_snapshot {
 	u64 l1_table_offset;
 	u32 l1_size;
+	bool has_size;
 	u64 size;
 	u64 id_offset;
 	u32 id_size;

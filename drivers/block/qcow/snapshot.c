@@ -42,7 +42,12 @@ static int qcow_table_read(struct qcow_image *image, u64 host_offset, void *buf,
  * @snapshot: zeroed before the first one; then the one before
  * @msg: where to say what is wrong
  *
- * Return: 0; -EINVAL or -EFBIG if the table is damaged; or the errno of a read.
+ * Only the lengths are checked, by which the next entry is found; the rest is of
+ * concern to who uses the snapshot.
+ *
+ * Context: may sleep.
+ *
+ * Return: 0; -EFBIG if the table is damaged; or the errno of a read.
  */
 int qcow_snapshot_next(struct qcow_image *image, struct qcow_snapshot *snapshot,
 		       struct qcow_message *msg)
@@ -61,24 +66,26 @@ int qcow_snapshot_next(struct qcow_image *image, struct qcow_snapshot *snapshot,
 	if (extra_size > QCOW_MAX_SNAPSHOT_EXTRA) {
 		qcow_message_set(msg, "the snapshot table's entry at %llu has extra data of %u bytes; expected at most %u",
 				 pos, extra_size, QCOW_MAX_SNAPSHOT_EXTRA);
-		return -EINVAL;
+		return -EFBIG;
 	}
 	err = qcow_table_read(image, pos + sizeof(disk), &extra,
 			      min_t(size_t, extra_size, sizeof(extra)));
 	if (err)
 		goto out_read;
 
+	snapshot->has_size = extra_size >= sizeof(extra);
 	snapshot->l1_table_offset = be64_to_cpu(disk.l1_table_offset);
 	snapshot->l1_size = be32_to_cpu(disk.l1_size);
 	/* Version 2 may lack it: there the size of the disk does not change. */
-	snapshot->size = extra_size >= sizeof(extra) ?
-			 be64_to_cpu(extra.disk_size) : header->size;
+	snapshot->size = snapshot->has_size ? be64_to_cpu(extra.disk_size) :
+					      header->size;
 	snapshot->id_offset = pos + sizeof(disk) + extra_size;
 	snapshot->id_size = be16_to_cpu(disk.id_str_size);
 	snapshot->name_size = be16_to_cpu(disk.name_size);
 	snapshot->next = round_up(snapshot->id_offset + snapshot->id_size +
 				  snapshot->name_size, 8);
-	if (snapshot->next - header->snapshots_offset > QCOW_MAX_SNAPSHOT_TABLE) {
+	if (snapshot->next - header->snapshots_offset > QCOW_MAX_SNAPSHOT_TABLE ||
+	    snapshot->next > S64_MAX) {
 		qcow_message_set(msg, "the snapshot table is longer than %u bytes",
 				 QCOW_MAX_SNAPSHOT_TABLE);
 		return -EFBIG;
@@ -150,11 +157,45 @@ static int qcow_snapshot_find(struct qcow_image *image, const char *wanted,
 	return -ENOENT;
 }
 
+/* Everything about a snapshot that is going to be shown. */
+static int qcow_snapshot_check(const struct qcow_image *image,
+			       const struct qcow_snapshot *snapshot,
+			       struct qcow_message *msg)
+{
+	struct qcow_header header = image->header;
+
+	if (image->header.version >= 3 && !snapshot->has_size) {
+		qcow_message_set(msg, "its entry lacks the size of the disk");
+		return -EINVAL;
+	}
+	if (snapshot->l1_size > QCOW_MAX_L1_BYTES / sizeof(__be64)) {
+		qcow_message_set(msg, "l1_size is %u; expected at most %zu",
+				 snapshot->l1_size,
+				 QCOW_MAX_L1_BYTES / sizeof(__be64));
+		return -EFBIG;
+	}
+	if (snapshot->l1_table_offset & (qcow_cluster_size(image) - 1) ||
+	    snapshot->l1_table_offset > S64_MAX - QCOW_MAX_L1_BYTES ||
+	    (snapshot->l1_size && !snapshot->l1_table_offset)) {
+		qcow_message_set(msg, "l1_table_offset is %llu; expected a multiple of the cluster size %u in the file",
+				 snapshot->l1_table_offset,
+				 qcow_cluster_size(image));
+		return -EINVAL;
+	}
+	header.l1_size = snapshot->l1_size;
+	header.size = snapshot->size;
+	return qcow_header_check_size(&header, msg);
+}
+
 /**
  * qcow_snapshot_select - open a snapshot in place of the disk
  * @image: a qcow2 image that is being opened, and not for writing
  * @wanted: ID or name of the snapshot
  * @msg: where to say what is wrong
+ *
+ * The COPIED flags of its tables mean nothing, and only who writes looks at them.
+ *
+ * Context: may sleep.
  *
  * Return: 0; -ENOENT if there is no such snapshot; -EINVAL or -EFBIG if it is
  * damaged; or the errno of a read.
@@ -163,23 +204,26 @@ int qcow_snapshot_select(struct qcow_image *image, const char *wanted,
 			 struct qcow_message *msg)
 {
 	struct qcow_header *header = &image->header;
+	struct qcow_message reason = {};
 	struct qcow_snapshot snapshot;
 	int err;
 
+	/* Each of the guest's clusters has one place there, so one content. */
+	if (header->incompatible & QCOW_INCOMPAT_DATA_FILE) {
+		qcow_message_set(msg, "an image with an external data file has no snapshots that could be shown");
+		return -EINVAL;
+	}
 	err = qcow_snapshot_find(image, wanted, &snapshot, msg);
 	if (err)
 		return err;
-	if (snapshot.l1_table_offset & (qcow_cluster_size(image) - 1) ||
-	    snapshot.l1_table_offset > S64_MAX - QCOW_MAX_L1_BYTES ||
-	    (snapshot.l1_size && !snapshot.l1_table_offset) ||
-	    snapshot.l1_size > QCOW_MAX_L1_BYTES / sizeof(__be64)) {
-		qcow_message_set(msg, "the L1 table of snapshot '%s' is at %llu and has %u entries, which cannot be right",
-				 wanted, snapshot.l1_table_offset,
-				 snapshot.l1_size);
-		return -EINVAL;
+	err = qcow_snapshot_check(image, &snapshot, &reason);
+	if (err) {
+		qcow_message_set(msg, "snapshot '%s' is damaged: %s", wanted,
+				 reason.text);
+		return err;
 	}
 	header->l1_table_offset = snapshot.l1_table_offset;
 	header->l1_size = snapshot.l1_size;
 	header->size = snapshot.size;
-	return qcow_header_check_size(header, msg);
+	return 0;
 }
