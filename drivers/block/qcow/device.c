@@ -97,6 +97,8 @@ static void qcow_device_describe(struct qcow_device *dev,
 		status->flags |= QCOW_STATUS_FAILED;
 	if (image->file.direct)
 		status->flags |= QCOW_STATUS_DIRECT;
+	if (image->snapshot)
+		status->flags |= QCOW_STATUS_SNAPSHOT;
 	status->layer_count = dev->chain->depth;
 	status->virtual_size = image->size;
 	status->version = image->header.version;
@@ -533,7 +535,7 @@ static void qcow_detach_work_fn(struct work_struct *work);
  * qcow_device_attach - make a device
  * @args: what kind of; its numbers have been checked
  * @layers: the files, in kernel memory; @args->layer_count of them
- * @snapshot: ID or name of the snapshot to show, or NULL
+ * @snapshot: ID or name of the internal snapshot to show, or NULL for the disk
  * @msg: where to say what is wrong
  * @index: its number
  *
@@ -739,20 +741,28 @@ int qcow_device_detach(int index, bool deferred)
 
 /**
  * qcow_device_status - state and counters of one device
- * @status: @index says of which; all else but @size is filled in
+ * @status: @index says of which; all else but the sizes is filled in
+ * @buf: @status->snapshot_size bytes for what the snapshot was attached by, or
+ *	NULL
  *
- * Return: 0, or -ENODEV.
+ * Return: 0; -ENODEV; -ENAMETOOLONG.
  */
-int qcow_device_status(struct qcow_status *status)
+int qcow_device_status(struct qcow_status *status, char *buf)
 {
 	struct qcow_device *dev;
+	int err = -ENODEV;
 
 	mutex_lock(&qcow_devices_mutex);
 	dev = idr_find(&qcow_devices, status->index);
-	if (dev)
+	if (dev) {
+		const char *name = dev->chain->layers[0]->snapshot ?: "";
+
 		qcow_device_describe(dev, status);
+		err = buf && strscpy(buf, name, status->snapshot_size) < 0 ?
+		      -ENAMETOOLONG : 0;
+	}
 	mutex_unlock(&qcow_devices_mutex);
-	return dev ? 0 : -ENODEV;
+	return err;
 }
 
 /**

@@ -94,7 +94,7 @@ int qcow_device_attach(const struct qcow_attach *args,
 		       const struct qcow_layer *layers, const char *snapshot,
 		       struct qcow_message *msg, int *index);
 int qcow_device_detach(int index, bool deferred);
-int qcow_device_status(struct qcow_status *status);
+int qcow_device_status(struct qcow_status *status, char *buf);
 int qcow_device_layer(struct qcow_layer_status *status, char *buf,
 		      const char **path);
 int qcow_device_next(int first);

@@ -114,8 +114,8 @@ static int qcow_ctl_attach(void __user *arg)
 {
 	struct qcow_message msg = {};
 	struct qcow_layer *layers;
-	struct qcow_attach args;
 	char *snapshot = NULL;
+	struct qcow_attach args;
 	u32 user_size;
 	int err, index;
 
@@ -135,6 +135,10 @@ static int qcow_ctl_attach(void __user *arg)
 					   args.snapshot_size);
 		if (IS_ERR(snapshot))
 			return PTR_ERR(snapshot);
+		if (strlen(snapshot) != args.snapshot_size) {
+			kfree(snapshot);
+			return -EINVAL;
+		}
 	}
 	layers = kvcalloc(args.layer_count, sizeof(*layers), GFP_KERNEL);
 	err = layers ? qcow_copy_layers(&args, layers) : -ENOMEM;
@@ -177,20 +181,34 @@ static int qcow_ctl_detach(void __user *arg)
 static int qcow_ctl_status(void __user *arg)
 {
 	struct qcow_status args;
-	u32 user_size;
+	u32 user_size, snapshot_size;
+	char *buf = NULL;
 	int err;
 
 	err = qcow_copy_in(&args, sizeof(args), arg, &user_size);
 	if (err)
 		return err;
-	if (args.reserved)
+	if (args.reserved || args.reserved2)
 		return -EINVAL;
 	if (args.index < 0)
 		return -ENODEV;
-	err = qcow_device_status(&args);
+	snapshot_size = args.snapshot_size;
+	if (snapshot_size) {
+		args.snapshot_size = min_t(u32, snapshot_size,
+					   QCOW_MAX_SNAPSHOT_NAME + 1);
+		buf = kvmalloc(args.snapshot_size, GFP_KERNEL);
+		if (!buf)
+			return -ENOMEM;
+	}
+	err = qcow_device_status(&args, buf);
+	if (!err && buf && copy_to_user(u64_to_user_ptr(args.snapshot), buf,
+					strlen(buf) + 1))
+		err = -EFAULT;
+	kvfree(buf);
 	if (err)
 		return err;
 	args.size = user_size;
+	args.snapshot_size = snapshot_size;
 	return qcow_copy_out(arg, user_size, &args, sizeof(args));
 }
 

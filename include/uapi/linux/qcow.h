@@ -77,12 +77,12 @@ struct qcow_layer {
  * @message_size: size of the buffer at @message in bytes, or 0
  * @layers: pointer to struct qcow_layer[@layer_count]
  * @cache_limit: most bytes of cached tables, 0 for the default
+ * @message: pointer to a buffer for one line of text, NUL-terminated, which says
+ *           why the attach failed; empty where the error number says it all
  * @snapshot: pointer to the ID or the name of the internal snapshot to show in
  *            place of the disk, needs QCOW_ATTACH_READ_ONLY; or 0
  * @snapshot_size: its length in bytes, without a terminator; not 0 with @snapshot
  * @reserved: 0
- * @message: pointer to a buffer for one line of text, NUL-terminated, which says
- *           why the attach failed; empty where the error number says it all
  *
  * On return the block device exists with its size, and its partitions have been
  * scanned.
@@ -131,6 +131,7 @@ struct qcow_detach {
 #define QCOW_STATUS_CORRUPT	(1U << 2)	/* the corrupt bit is set */
 #define QCOW_STATUS_FAILED	(1U << 3)	/* a write or flush failed for good */
 #define QCOW_STATUS_DIRECT	(1U << 4)	/* the image's file: direct I/O */
+#define QCOW_STATUS_SNAPSHOT	(1U << 5)	/* it shows an internal snapshot */
 
 /**
  * struct qcow_status - QCOW_CTL_STATUS: state and counters of one device
@@ -157,6 +158,11 @@ struct qcow_detach {
  * @cache_hits: out: table look-ups that memory answered
  * @cache_misses: out: table look-ups that read the file
  * @errors: out: requests that failed
+ * @snapshot: in: pointer to a buffer for what QCOW_CTL_ATTACH was given as the
+ *            snapshot, NUL-terminated, empty if that was none; ENAMETOOLONG if it
+ *            does not fit
+ * @snapshot_size: in: size of that buffer in bytes, or 0
+ * @reserved2: 0
  */
 struct qcow_status {
 	__u32 size;
@@ -182,6 +188,9 @@ struct qcow_status {
 	__u64 cache_hits;
 	__u64 cache_misses;
 	__u64 errors;
+	__u64 snapshot;
+	__u32 snapshot_size;
+	__u32 reserved2;
 };
 
 /**
