@@ -20,6 +20,7 @@
 #define BUF_BYTES	SZ_64K
 #define COPIED		QCOW_OFLAG_COPIED
 #define EXTENDED	QCOW_INCOMPAT_EXTENDED_L2
+#define LAZY		QCOW_COMPAT_LAZY_REFCOUNTS
 
 /* Seeds: what the lower layers hold; writes have those from SEED_WRITE on. */
 #define SEED_IMAGE	1
@@ -1065,6 +1066,7 @@ struct random_case {
 	u32 rounds;
 	u64 incompatible;
 	bool packed;
+	u64 compatible;
 };
 
 static const struct random_case random_cases[] = {
@@ -1088,6 +1090,10 @@ static const struct random_case random_cases[] = {
 	  SZ_128K, SZ_64K + 512, true, 400, 0, true },
 	{ "compressed by zstd, subclusters, snapshot", 3, 14, 64, SZ_256K, 0,
 	  true, 300, EXTENDED | QCOW_INCOMPAT_COMPRESSION, true },
+	{ "512 B clusters, lazy refcounts", 3, 9, 16, SZ_128K, 0, false, 400,
+	  0, false, LAZY },
+	{ "4 KiB clusters, lazy, snapshot", 3, 12, 16, SZ_256K, SZ_128K, true,
+	  400, 0, false, LAZY },
 };
 
 static void random_desc(const struct random_case *c, char *desc)
@@ -1103,7 +1109,7 @@ static struct guest *random_guest(struct kunit *test,
 	struct qcow_test_spec spec = {
 		.version = c->version, .cluster_bits = c->cluster_bits,
 		.refcount_bits = c->refcount_bits, .size = c->size,
-		.incompatible = c->incompatible,
+		.incompatible = c->incompatible, .compatible = c->compatible,
 	};
 	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
 	u64 cs = 1ULL << c->cluster_bits;
@@ -1180,6 +1186,8 @@ static void random_work_is_read_back(struct kunit *test)
  * @room: how many there is space for
  * @last: the newest value of each sector, an index in @entries
  * @shown: problems that were reported
+ * @marked: states of a crash that have the dirty bit
+ * @stale: those that have counts that are too low
  */
 struct history {
 	struct guest *guest;
@@ -1194,6 +1202,8 @@ struct history {
 	u32 room;
 	u32 *last;
 	u32 shown;
+	u32 marked;
+	u32 stale;
 };
 
 static void remember(struct history *h)
@@ -1228,6 +1238,14 @@ static bool possible(struct history *h, u64 sector, u32 seed, u64 flushes)
 	return false;
 }
 
+static bool is_dirty(const struct qcow_test_disk *disk)
+{
+	const struct qcow_disk_header *header = (const void *)disk->bytes;
+
+	return be32_to_cpu(header->version) >= 3 &&
+	       be64_to_cpu(header->incompatible_features) & QCOW_INCOMPAT_DIRTY;
+}
+
 static void check_crash(struct qcow_test_disk *disk, u64 mark, void *private)
 {
 	struct history *h = private;
@@ -1239,8 +1257,12 @@ static void check_crash(struct qcow_test_disk *disk, u64 mark, void *private)
 
 	if (h->shown > 10)
 		return;
+	/* With the dirty bit nobody believes the counts, nor the COPIED flags. */
 	qcow_test_disk_check(disk, &result);
-	if (result.errors || result.copied_wrong) {
+	if (is_dirty(disk)) {
+		h->marked++;
+		h->stale += !!result.errors;
+	} else if (result.errors || result.copied_wrong) {
 		KUNIT_FAIL(test, "after flush %llu: %s", mark, result.first);
 		h->shown++;
 	}
@@ -1283,7 +1305,8 @@ static void a_crash_loses_nothing_durable(struct kunit *test)
 		random_step(guest, &rnd, SEED_WRITE + i);
 		remember(&h);
 		if (prandom_u32_state(&rnd) % 8 == 0) {
-			KUNIT_ASSERT_EQ(test, qcow_commit(image_of(guest)), 0);
+			KUNIT_ASSERT_EQ(test, qcow_commit_links(image_of(guest)),
+					0);
 			h.flushes++;
 			qcow_test_file_mark(guest->tf, h.flushes);
 		}
@@ -1294,7 +1317,94 @@ static void a_crash_loses_nothing_durable(struct kunit *test)
 	states = qcow_test_crashes(guest->tf, guest->before, 3, check_crash, &h);
 	kunit_info(test, "%s: %llu states of a crash\n", c->name, states);
 	KUNIT_EXPECT_GT(test, states, 50);
+	/* Those are the states that the test is about. */
+	KUNIT_EXPECT_EQ(test, !!h.marked, !!(c->compatible & LAZY));
+	KUNIT_EXPECT_EQ(test, !!h.stale, !!(c->compatible & LAZY));
 	kvfree(h.entries);
+}
+
+/* What is in the file now; the image stays open. */
+static struct qcow_test_disk *guest_peeks(struct guest *guest, bool *dirty)
+{
+	struct qcow_test_disk *disk = qcow_test_file_load(guest->tf);
+
+	*dirty = is_dirty(disk);
+	return disk;
+}
+
+static void lazy_refcounts_are_written_in_the_end(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .size = SZ_1M, .compatible = LAZY };
+	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
+	struct guest *guest;
+	u64 cluster;
+	bool dirty;
+
+	qcow_test_disk_add_data(disk, 0, SEED_IMAGE);
+	guest = guest_create(disk, spec.size, 0);
+	/* No count changes. */
+	guest_write(guest, 0, SECTOR, SEED_WRITE);
+	KUNIT_ASSERT_EQ(test, qcow_commit_links(image_of(guest)), 0);
+	guest_peeks(guest, &dirty);
+	KUNIT_EXPECT_FALSE(test, dirty);
+
+	guest_write(guest, SZ_64K, SECTOR, SEED_WRITE);
+	guest_peeks(guest, &dirty);
+	KUNIT_EXPECT_TRUE(test, dirty);
+	KUNIT_ASSERT_EQ(test, qcow_commit_links(image_of(guest)), 0);
+	KUNIT_EXPECT_FALSE(test, qcow_image_dirty(image_of(guest)));
+	disk = guest_peeks(guest, &dirty);
+	cluster = (qcow_test_disk_entry(disk, SZ_64K) & QCOW_L2_OFFSET_MASK) >> 16;
+	KUNIT_EXPECT_NE(test, cluster, 0);
+	KUNIT_EXPECT_EQ(test, qcow_test_disk_refcount(disk, cluster), 0);
+
+	/* Who wants memory back gets it. */
+	KUNIT_ASSERT_EQ(test, qcow_commit(image_of(guest)), 0);
+	disk = guest_peeks(guest, &dirty);
+	KUNIT_EXPECT_TRUE(test, dirty);
+	KUNIT_EXPECT_EQ(test, qcow_test_disk_refcount(disk, cluster), 1);
+
+	guest_write(guest, 2 * SZ_64K, SECTOR, SEED_WRITE);
+	guest_ends(guest);
+	guest_peeks(guest, &dirty);
+	KUNIT_EXPECT_FALSE(test, dirty);
+}
+
+static void an_image_that_failed_stays_dirty(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .size = SZ_1M, .compatible = LAZY };
+	struct guest *guest;
+	bool dirty;
+	u32 i;
+
+	for (i = 0; i < 2; i++) {
+		guest = guest_create(qcow_test_disk_create(test, &spec),
+				     spec.size, 0);
+		guest_write(guest, 0, SECTOR, SEED_WRITE);
+		if (i)
+			guest->tf->sync_error = -EIO;
+		else
+			qcow_image_corrupt(image_of(guest), "as a test");
+		KUNIT_EXPECT_EQ(test, qcow_test_image_close(test, image_of(guest)),
+				i ? -EIO : 0);
+		guest_peeks(guest, &dirty);
+		KUNIT_EXPECT_TRUE(test, dirty);
+	}
+}
+
+static void version_2_never_gets_a_dirty_bit(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .version = 2, .size = SZ_1M };
+	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
+	struct guest *guest;
+
+	/* Where version 3 has its features. Zeroes end the extensions. */
+	memset(disk->bytes + 80, 0xff, 32);
+	guest = guest_create(disk, spec.size, 0);
+	guest_write(guest, 0, SECTOR, SEED_WRITE);
+	disk = guest_ends(guest);
+	KUNIT_EXPECT_NULL(test, memchr_inv(disk->bytes + 72, 0, 8));
+	KUNIT_EXPECT_NULL(test, memchr_inv(disk->bytes + 80, 0xff, 32));
 }
 
 static struct kunit_case cluster_test_cases[] = {
@@ -1328,6 +1438,9 @@ static struct kunit_case cluster_test_cases[] = {
 	KUNIT_CASE(tables_are_evicted_and_read_again),
 	KUNIT_CASE_PARAM(random_work_is_read_back, random_gen_params),
 	KUNIT_CASE_PARAM(a_crash_loses_nothing_durable, random_gen_params),
+	KUNIT_CASE(lazy_refcounts_are_written_in_the_end),
+	KUNIT_CASE(an_image_that_failed_stays_dirty),
+	KUNIT_CASE(version_2_never_gets_a_dirty_bit),
 	{}
 };
 

@@ -33,6 +33,18 @@
  * something that is on disk and counted; clusters that are counted and not
  * pointed to are leaks.
  *
+ * Lazy refcounts: where the image allows it, the header's dirty bit is durable
+ * before the first count goes up (qcow_image_stale_counts). It says that counts on
+ * the disk may be wrong in either direction, that nobody may rely on them, and
+ * that a check can make them from the tables. So the order of counts and links
+ * does not matter any more, and a flush leaves the dirty COUNT blocks where they
+ * are. All else stays: barrier 1 comes before the links, for the data and the
+ * tables that they lead to, and the refcount table leads to the block that covers
+ * a cluster before it is handed out. Other commits write the counts: the one that
+ * comes after QCOW_COMMIT_DELAY, those that are to give memory back, the one
+ * before the refcount table moves, and those at detach. There the bit is cleared,
+ * after a barrier behind the last count. If anything fails before, it stays.
+ *
  * References that go away: an entry is replaced in memory, and its old cluster
  * joins image->frees under the same hold of image->lock. A commit takes that list
  * before it freezes, so all of the replacements are in blocks frozen by it or by
@@ -204,6 +216,7 @@ static int qcow_commit_group(struct qcow_image *image)
 	LIST_HEAD(frees);
 	LIST_HEAD(links);
 	u64 nr_frees;
+	bool counting;
 	int step = 1;
 	int err;
 
@@ -218,9 +231,12 @@ static int qcow_commit_group(struct qcow_image *image)
 	list_splice_init(&image->frees, &frees);
 	nr_frees = image->nr_frees;
 	pending_end = image->pending_end;
+	counting = image->counts_due || !READ_ONCE(image->dirty_bit);
+	image->counts_due = false;
 	spin_unlock_irq(&image->lock);
 	qcow_take_dirty(image, QCOW_BLOCK_LINK, &links);
-	qcow_take_dirty(image, QCOW_BLOCK_COUNT, &counts);
+	if (counting)
+		qcow_take_dirty(image, QCOW_BLOCK_COUNT, &counts);
 
 	err = qcow_write_list(image, &counts, QCOW_BLOCK_COUNT);
 	if (!err && !list_empty(&links)) {
@@ -271,6 +287,15 @@ void qcow_commit_arm_locked(struct qcow_image *image)
 				   QCOW_COMMIT_DELAY);
 }
 
+static int qcow_commit_next(struct qcow_image *image)
+{
+	int err = qcow_commit_group(image);
+
+	image->commits_done = image->commits_started;
+	image->commit_error = err;
+	return err;
+}
+
 /**
  * qcow_commit_exclusive - commit while others are kept from it
  * @image: a writable image
@@ -282,10 +307,29 @@ void qcow_commit_arm_locked(struct qcow_image *image)
  */
 int qcow_commit_exclusive(struct qcow_image *image)
 {
-	int err = qcow_commit_group(image);
+	spin_lock_irq(&image->lock);
+	image->counts_due = true;
+	spin_unlock_irq(&image->lock);
+	return qcow_commit_next(image);
+}
 
-	image->commits_done = image->commits_started;
-	image->commit_error = err;
+static int qcow_commit_shared(struct qcow_image *image, bool counts)
+{
+	u64 ticket;
+	int err;
+
+	spin_lock_irq(&image->lock);
+	ticket = image->commits_started + 1;
+	/* The commit that begins next is the one to see it. */
+	image->counts_due |= counts;
+	spin_unlock_irq(&image->lock);
+
+	mutex_lock(&image->commit_mutex);
+	if (image->commits_done >= ticket)
+		err = image->commit_error;
+	else
+		err = qcow_commit_next(image);
+	mutex_unlock(&image->commit_mutex);
 	return err;
 }
 
@@ -303,27 +347,30 @@ int qcow_commit_exclusive(struct qcow_image *image)
  */
 int qcow_commit(struct qcow_image *image)
 {
-	u64 ticket;
-	int err;
+	return qcow_commit_shared(image, true);
+}
 
-	spin_lock_irq(&image->lock);
-	ticket = image->commits_started + 1;
-	spin_unlock_irq(&image->lock);
-
-	mutex_lock(&image->commit_mutex);
-	if (image->commits_done >= ticket)
-		err = image->commit_error;
-	else
-		err = qcow_commit_exclusive(image);
-	mutex_unlock(&image->commit_mutex);
-	return err;
+/**
+ * qcow_commit_links - the same for a flush
+ * @image: a writable image
+ *
+ * While the image has the dirty bit, refcounts may be left for later.
+ *
+ * Context: as for qcow_commit().
+ *
+ * Return: likewise.
+ */
+int qcow_commit_links(struct qcow_image *image)
+{
+	return qcow_commit_shared(image, false);
 }
 
 /**
  * qcow_image_dirty - is there metadata in memory that is not durable
  * @image: a writable image
  *
- * If not, every mapping that was looked up before the call is durable.
+ * If not, every mapping that was looked up before the call is durable. Refcounts
+ * need not be where the header has the dirty bit.
  *
  * Context: any.
  */
@@ -333,7 +380,9 @@ bool qcow_image_dirty(struct qcow_image *image)
 	bool dirty;
 
 	spin_lock_irqsave(&image->lock, flags);
-	dirty = image->nr_dirty || image->committing;
+	dirty = image->committing ||
+		(image->dirty_bit ? !list_empty(&image->dirty[QCOW_BLOCK_LINK]) :
+				    image->nr_dirty);
 	spin_unlock_irqrestore(&image->lock, flags);
 	return dirty;
 }

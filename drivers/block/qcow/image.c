@@ -23,26 +23,6 @@
 static LIST_HEAD(qcow_images);
 static DEFINE_MUTEX(qcow_images_mutex);
 
-/* The corrupt bit cannot be set where damage is found: that may be anywhere. */
-static void qcow_corrupt_work_fn(struct work_struct *work)
-{
-	struct qcow_image *image = container_of(work, struct qcow_image,
-						corrupt_work);
-	__be64 features = cpu_to_be64(image->header.incompatible |
-				      QCOW_INCOMPAT_CORRUPT);
-	void (*on_corrupt)(void *data);
-
-	if (image->header.version >= 3)
-		qcow_image_update_header(image,
-					 offsetof(struct qcow_disk_header,
-						  incompatible_features),
-					 &features, sizeof(features));
-	/* Afterwards, so that who is told finds the bit set. */
-	on_corrupt = smp_load_acquire(&image->on_corrupt);
-	if (on_corrupt)
-		on_corrupt(image->on_corrupt_data);
-}
-
 /**
  * qcow_image_corrupt - damage was found
  * @image: the image; one that is written takes no more writes, and from version
@@ -94,10 +74,30 @@ void qcow_image_fail(struct qcow_image *image, const char *fmt, ...)
 	va_end(args);
 }
 
+/* Change bytes of the header, whose block is @block, and wait for the disk. */
+static int qcow_header_write(struct qcow_image *image, struct qcow_block *block,
+			     size_t offset, const void *data, size_t len)
+{
+	void *copy = image->header_scratch;
+	int err;
+
+	lockdep_assert_held(&image->header_mutex);
+	spin_lock_irq(&image->lock);
+	memcpy(block->data + offset, data, len);
+	memcpy(copy, block->data, QCOW_SECTOR);
+	spin_unlock_irq(&image->lock);
+	err = qcow_file_write(&image->file, copy, QCOW_SECTOR, 0);
+	if (!err)
+		err = qcow_file_sync(&image->file);
+	if (err)
+		qcow_image_fail(image, "cannot write the header: error %d", err);
+	return err;
+}
+
 /**
  * qcow_image_update_header - change fields of the header, durably
  * @image: a writable image
- * @offset: of the first field, bytes
+ * @offset: of the first field, bytes; not of the incompatible features
  * @data: the new bytes
  * @len: how many; they lie in one sector, so that the change is atomic
  *
@@ -112,7 +112,6 @@ int qcow_image_update_header(struct qcow_image *image, size_t offset,
 {
 	struct qcow_block *block;
 	unsigned int scope;
-	void *copy;
 	int err;
 
 	block = qcow_block_get(image, 0);
@@ -120,19 +119,78 @@ int qcow_image_update_header(struct qcow_image *image, size_t offset,
 		return PTR_ERR(block);
 	scope = qcow_io_scope_enter();
 	mutex_lock(&image->header_mutex);
-	copy = image->header_scratch;
-	spin_lock_irq(&image->lock);
-	memcpy(block->data + offset, data, len);
-	memcpy(copy, block->data, QCOW_SECTOR);
-	spin_unlock_irq(&image->lock);
-	err = qcow_file_write(&image->file, copy, QCOW_SECTOR, 0);
-	if (!err)
-		err = qcow_file_sync(&image->file);
-	if (err)
-		qcow_image_fail(image, "cannot write the header: error %d", err);
+	err = qcow_header_write(image, block, offset, data, len);
 	mutex_unlock(&image->header_mutex);
 	qcow_io_scope_exit(scope);
 	qcow_block_put(block);
+	return err;
+}
+
+/* Set and clear incompatible features of a version 3 image, durably. */
+static int qcow_image_set_features(struct qcow_image *image, u64 set, u64 clear)
+{
+	struct qcow_block *block;
+	unsigned int scope;
+	__be64 disk;
+	u64 features;
+	int err = 0;
+
+	block = qcow_block_get(image, 0);
+	if (IS_ERR(block))
+		return PTR_ERR(block);
+	scope = qcow_io_scope_enter();
+	mutex_lock(&image->header_mutex);
+	features = (image->incompatible | set) & ~clear;
+	disk = cpu_to_be64(features);
+	if (features != image->incompatible)
+		err = qcow_header_write(image, block,
+					offsetof(struct qcow_disk_header,
+						 incompatible_features),
+					&disk, sizeof(disk));
+	if (!err)
+		image->incompatible = features;
+	mutex_unlock(&image->header_mutex);
+	qcow_io_scope_exit(scope);
+	qcow_block_put(block);
+	return err;
+}
+
+/* The corrupt bit cannot be set where damage is found: that may be anywhere. */
+static void qcow_corrupt_work_fn(struct work_struct *work)
+{
+	struct qcow_image *image = container_of(work, struct qcow_image,
+						corrupt_work);
+	void (*on_corrupt)(void *data);
+
+	if (image->header.version >= 3)
+		qcow_image_set_features(image, QCOW_INCOMPAT_CORRUPT, 0);
+	/* Afterwards, so that who is told finds the bit set. */
+	on_corrupt = smp_load_acquire(&image->on_corrupt);
+	if (on_corrupt)
+		on_corrupt(image->on_corrupt_data);
+}
+
+/**
+ * qcow_image_stale_counts - counts are about to change, may the file's be late
+ * @image: a writable image
+ *
+ * In an image with lazy refcounts they may, once its dirty bit is durable: the
+ * first call sees to that. The bit is cleared at detach, when all is written.
+ *
+ * Context: may sleep.
+ *
+ * Return: 0, or the errno of writing the header.
+ */
+int qcow_image_stale_counts(struct qcow_image *image)
+{
+	int err;
+
+	if (!(image->header.compatible & QCOW_COMPAT_LAZY_REFCOUNTS) ||
+	    READ_ONCE(image->dirty_bit))
+		return 0;
+	err = qcow_image_set_features(image, QCOW_INCOMPAT_DIRTY, 0);
+	if (!err)
+		WRITE_ONCE(image->dirty_bit, true);
 	return err;
 }
 
@@ -190,6 +248,7 @@ static int qcow_open_qcow2(struct qcow_image *image, const char *snapshot,
 	image->refblock_bits = header->cluster_bits + 3 - header->refcount_order;
 	image->reftable_offset = header->refcount_table_offset;
 	image->reftable_clusters = header->refcount_table_clusters;
+	image->incompatible = header->incompatible;
 	if (snapshot) {
 		image->snapshot = kstrdup(snapshot, GFP_KERNEL);
 		if (!image->snapshot)
@@ -477,7 +536,12 @@ static int qcow_image_write_all(struct qcow_image *image)
 	if (!image->file.bdev &&
 	    qcow_file_size(&image->file) > image->end_offset)
 		err = qcow_file_truncate(&image->file, image->end_offset);
-	return err ?: qcow_file_sync(&image->file);
+	if (!err)
+		err = qcow_file_sync(&image->file);
+	/* All counts are durable. In a damaged image they may be wrong. */
+	if (!err && image->dirty_bit && !image->corrupt)
+		err = qcow_image_set_features(image, 0, QCOW_INCOMPAT_DIRTY);
+	return err;
 }
 
 struct qcow_finish {

@@ -236,7 +236,8 @@ struct qcow_cache {
  * enum qcow_block_kind - which step of a commit writes a block
  * @QCOW_BLOCK_COUNT: refcount blocks. Safe on disk at any time: an increment is
  *	made before anything points to the cluster, a decrement after the
- *	removal of the pointer is durable. Written in step 1.
+ *	removal of the pointer is durable. Written in step 1, or, while the
+ *	header has the dirty bit, perhaps later.
  * @QCOW_BLOCK_LINK: L1, L2 and refcount table. They make clusters reachable, so
  *	they are frozen when a commit begins and written in step 2.
  */
@@ -370,6 +371,7 @@ struct qcow_image {
 	spinlock_t lock;		/* see the lock order above */
 	struct list_head dirty[QCOW_BLOCK_KINDS];
 	u64 nr_dirty;
+	bool counts_due;		/* the next commit writes counts, image->lock */
 	bool committing;		/* a commit has frozen blocks in flight */
 	struct list_head frees;		/* unlinked in memory, image->lock */
 	struct list_head reclaims;	/* unlinked on disk, image->lock */
@@ -411,6 +413,8 @@ struct qcow_image {
 	void *bounce;			/* QCOW_BATCH blocks, commit_mutex */
 	struct mutex header_mutex;	/* writing the header */
 	void *header_scratch;		/* QCOW_SECTOR, header_mutex */
+	u64 incompatible;		/* features in it, header_mutex */
+	bool dirty_bit;			/* is among them, durably */
 	struct mutex copy_mutex;	/* @copy_buf */
 	void *copy_buf;			/* QCOW_BLOCK_SIZE, copy_mutex */
 
@@ -523,6 +527,7 @@ __printf(2, 3)
 void qcow_image_fail(struct qcow_image *image, const char *fmt, ...);
 int qcow_image_update_header(struct qcow_image *image, size_t offset,
 			     const void *data, size_t len);
+int qcow_image_stale_counts(struct qcow_image *image);
 /**
  * qcow_image_error - why this image cannot be written any more
  * @image: a writable image
@@ -570,6 +575,7 @@ static inline void qcow_image_exit(struct qcow_image *image, int epoch)
 #define QCOW_COMMIT_DELAY	(5 * HZ)
 
 int qcow_commit(struct qcow_image *image);
+int qcow_commit_links(struct qcow_image *image);
 int qcow_commit_exclusive(struct qcow_image *image);
 bool qcow_image_dirty(struct qcow_image *image);
 int qcow_commit_all(struct qcow_image *image);

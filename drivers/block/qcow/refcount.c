@@ -754,7 +754,7 @@ static void qcow_refblocks_ahead(struct qcow_image *image, u64 cluster)
  * @zeroed: out: they are known to read as zeroes
  *
  * Their refcount is 1 in memory now, and on disk before any commit that writes a
- * pointer to them. The file is long enough to hold them.
+ * pointer to them, unless the dirty bit is there. The file is long enough to hold them.
  *
  * Context: may sleep, and may run a commit; so not inside an epoch and not under
  * commit_mutex or alloc_mutex.
@@ -770,6 +770,9 @@ int qcow_alloc_clusters(struct qcow_image *image, u64 want, u64 *cluster,
 	u64 refblock;
 	int err;
 
+	err = qcow_image_stale_counts(image);
+	if (err)
+		return err;
 	for (;;) {
 		mutex_lock(&image->alloc_mutex);
 		err = qcow_search(image, want, cluster, got, zeroed, &need,

@@ -522,7 +522,7 @@ static int qcow_request_run(struct qcow_request *req)
 		       qcow_write(req, guest_offset, length);
 	case REQ_OP_FLUSH:
 		this_cpu_inc(dev->stats->flushes);
-		return qcow_commit(qcow_request_image(req));
+		return qcow_commit_links(qcow_request_image(req));
 	case REQ_OP_DISCARD:
 		this_cpu_inc(dev->stats->discards);
 		return qcow_discard(dev->chain, guest_offset, length,
@@ -549,7 +549,8 @@ static void qcow_request_work(struct work_struct *work)
 	bool charged = req->memcg;
 
 	if (req->committing) {
-		qcow_request_error(req, qcow_commit(qcow_request_image(req)));
+		qcow_request_error(req,
+				   qcow_commit_links(qcow_request_image(req)));
 		qcow_request_finish(req);
 		goto out;
 	}
