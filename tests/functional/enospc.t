@@ -123,7 +123,7 @@ for bit in 01:dirty 02:corrupt 03:dirty-and-corrupt; do
 	cp plain.qcow2 marked.qcow2
 	put_bytes marked.qcow2 79 "${bit%%:*}"
 	before=$(cksum <marked.qcow2)
-	not_ok "an image marked ${bit#*:} is refused" try_attach "$WORK/marked.qcow2"
+	not_ok "an image marked ${bit#*:} is refused" try_attach --no-repair "$WORK/marked.qcow2"
 	is "with one line that says why (${bit#*:})" "$(wc -l <"$WORK/.err")" 1
 	like "which names the mark (${bit#*:})" "$(<"$WORK/.err")" '[Dd]irty|[Cc]orrupt'
 	attach --read-only "$WORK/marked.qcow2"

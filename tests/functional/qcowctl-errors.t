@@ -245,7 +245,7 @@ else
 fi
 
 # No errors: 0
-for command in "" attach detach list info version; do
+for command in "" attach detach list info check version; do
 	# shellcheck disable=SC2086
 	like "qcowctl $command --help" "$("$QCOWCTL" $command --help)" '^Usage: qcowctl '
 done

@@ -18,7 +18,7 @@
 
 enum {
 	READ_ONLY, SNAPSHOT, NUMBER, DISCARD, CACHE_SIZE, IO, FORMAT, BACKING_FORMAT,
-	DATA_FILE,
+	DATA_FILE, NO_REPAIR,
 };
 
 static const struct option_help option_help[] = {
@@ -40,6 +40,8 @@ static const struct option_help option_help[] = {
 		"raw, qcow2: of backing files where no header says it" },
 	[DATA_FILE] = { 0, "data-file", "FILE",
 		"IMAGE's external data file (default: what its header says)" },
+	[NO_REPAIR] = { 0, "no-repair", NULL,
+		"refuse an image that was not closed cleanly" },
 };
 
 _Static_assert(ARRAY_SIZE(option_help) <= MAX_OPTIONS, "room for the options");
@@ -204,6 +206,11 @@ static int run(const char * const *options, int count, char **operands)
 			 call.flags & QCOW_ATTACH_READ_ONLY,
 			 options[DATA_FILE],
 			 format ? format_of_name(format) : 0);
+	if (!ret && !(call.flags & QCOW_ATTACH_READ_ONLY))
+		ret = repair_dirty(chain.layers[0].fd, operands[0],
+				   chain.count > 1 && chain.layers[1].data ?
+				   chain.layers[1].path : NULL,
+				   options[NO_REPAIR]);
 	if (!ret)
 		ret = attach(operands[0], &chain, &call);
 	chain_close(&chain);

@@ -92,6 +92,12 @@ int backing_resolve(const char *overlay, const char *what, const char *name,
  */
 int lock_image(int fd, const char *path, bool write);
 
+/*
+ * check.c: repair an image that was opened for writing, if it has the dirty bit,
+ * or @refuse to; @data: its external data file, or NULL. Says what it does.
+ */
+int repair_dirty(int fd, const char *path, const char *data, bool refuse);
+
 /* Say who lets nobody open the file for writing, as the driver does (ETXTBSY). */
 int lock_denied(const char *path);
 

@@ -39,7 +39,7 @@ static const struct command version_command = {
 
 static const struct command * const commands[] = {
 	&attach_command, &detach_command, &list_command, &info_command,
-	&version_command,
+	&check_command, &version_command,
 };
 
 static int help(void)

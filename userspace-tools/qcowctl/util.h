@@ -19,7 +19,8 @@
 	X(EXIT_REFUSED,		3, "image refused: not qcow2, damaged, unsupported") \
 	X(EXIT_BUSY,		4, "busy: locked, in use, or the number is taken") \
 	X(EXIT_ABSENT,		5, "no such device or file")		\
-	X(EXIT_DENIED,		6, "not permitted, or the driver is not loaded")
+	X(EXIT_DENIED,		6, "not permitted, or the driver is not loaded") \
+	X(EXIT_LEAKS,		7, "check: leaked clusters and nothing worse")
 
 enum qcowctl_exit {
 #define X(name, code, text)	name = code,
@@ -114,6 +115,6 @@ struct command {
 };
 
 extern const struct command attach_command, detach_command, list_command,
-			    info_command;
+			    info_command, check_command;
 
 #endif /* QCOWCTL_UTIL_H */

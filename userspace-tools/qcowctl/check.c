@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * qcowctl check, and the repair that comes before an attach. Both are the work of
+ * qemu-img, done while we hold QEMU's locks on the image, so that nobody gets in
+ * between: qemu-img itself is told to take none.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "chain.h"
+#include "control.h"
+#include "util.h"
+
+#define EXIT_NOT_FOUND	127
+
+/* What the exit codes of qemu-img check mean */
+enum { CHECK_CLEAN = 0, CHECK_ERRORS = 2, CHECK_LEAKS = 3 };
+
+/* How QEMU is to open a file, as NODE.OPTION=VALUE,..., without locking it. */
+static char *file_options(const char *node, const char *path)
+{
+	autofree char *quoted = xreallocarray(NULL, 2 * strlen(path) + 1, 1);
+	const char *from = path;
+	char *to = quoted;
+	struct stat st;
+	bool block;
+
+	block = !stat(path, &st) && S_ISBLK(st.st_mode);
+	/* A comma ends a value, but for one that is doubled. */
+	do {
+		if (*from == ',')
+			*to++ = ',';
+		*to++ = *from;
+	} while (*from++);
+	return xasprintf("%s.driver=%s,%s.locking=off,%s.filename=%s", node,
+			 block ? "host_device" : "file", node, node, quoted);
+}
+
+/*
+ * Run qemu-img check on an image that we have locked; @data: its external data
+ * file, or NULL. Returns what it exits with.
+ */
+static int run_check(const char *path, const char *data, bool repair, bool quiet)
+{
+	autofree char *file = file_options("file", path);
+	autofree char *data_file = data ? file_options("data-file", data) : NULL;
+	autofree char *options = xasprintf("driver=qcow2,%s%s%s", file,
+					   data ? "," : "", data ? data_file : "");
+	char *argv[] = {
+		"qemu-img", "check", "--image-opts", options,
+		repair ? "-r" : NULL, "all", NULL
+	};
+	int status, fd;
+	pid_t pid;
+
+	pid = fork();
+	if (!pid) {
+		fd = quiet ? open("/dev/null", O_WRONLY) : -1;
+		if (fd >= 0) {
+			dup2(fd, STDOUT_FILENO);
+			dup2(fd, STDERR_FILENO);
+		}
+		execvp(argv[0], argv);
+		_exit(EXIT_NOT_FOUND);
+	}
+	if (pid < 0 || waitpid(pid, &status, 0) < 0)
+		return EXIT_SYSTEM;
+	return WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_SYSTEM;
+}
+
+#define MARK_DIRTY	1
+#define MARK_CORRUPT	2
+
+/* The marks that an image has; version 2 has none. */
+static int read_marks(int fd)
+{
+	unsigned char start[80];
+
+	if (pread(fd, start, sizeof(start), 0) != sizeof(start) ||
+	    memcmp(start, "QFI\xfb\0\0\0\3", 8))
+		return 0;
+	return start[79] & (MARK_DIRTY | MARK_CORRUPT);
+}
+
+int repair_dirty(int fd, const char *path, const char *data, bool refuse)
+{
+	autofree char *plain = plain_path(path);
+	autofree char *word = shell_quote(plain);
+	int status;
+
+	/* Damage is not for us to mend unasked: the driver refuses the image. */
+	if (read_marks(fd) != MARK_DIRTY)
+		return EXIT_OK;
+	if (refuse)
+		return fail(EXIT_REFUSED, "%s: is marked dirty, it was not closed cleanly; leave out --no-repair, run qemu-img check -f qcow2 -r all %s, or use --read-only",
+			    path, word);
+	warn("%s: is marked dirty, it was not closed cleanly; repairing it with qemu-img check -r all",
+	     path);
+	status = run_check(path, data, true, true);
+	if (status == EXIT_NOT_FOUND)
+		return fail(EXIT_REFUSED, "%s: there is no qemu-img to repair it; install qemu-utils, or run elsewhere: qemu-img check -f qcow2 -r all %s",
+			    path, word);
+	if (status != CHECK_CLEAN || read_marks(fd))
+		return fail(EXIT_REFUSED, "%s: cannot be repaired; see what qemu-img check -f qcow2 -r all %s says, or use --read-only",
+			    path, word);
+	warn("%s: repaired", path);
+	return EXIT_OK;
+}
+
+/* The image of an attached device, if it may be looked at. */
+static int image_of_device(int index, bool repair, char **path)
+{
+	autofree char *dir = xasprintf("/sys/block/qcow%d/qcow", index);
+	autofree char *image = xasprintf("%s/image", dir);
+	autofree char *read_only = xasprintf("%s/read_only", dir);
+	autofree char *value = read_line(read_only);
+
+	*path = read_line(image);
+	if (!*path || !value)
+		return fail(EXIT_ABSENT, "/dev/qcow%d: not attached; see qcowctl list",
+			    index);
+	if (repair || strcmp(value, "1"))
+		return fail(EXIT_BUSY, "/dev/qcow%d: %s; detach it, and check %s",
+			    index, repair ? "cannot be repaired while it is attached" :
+					    "is attached for writing, and changes",
+			    *path);
+	return EXIT_OK;
+}
+
+enum { REPAIR };
+
+static const struct option_help option_help[] = {
+	[REPAIR] = { 'r', "repair", NULL, "mend what is wrong; not of a DEVICE" },
+};
+
+static int check(const char * const *options, int count, char **operands)
+{
+	bool repair = options[REPAIR];
+	int index = device_number(operands[0]);
+	struct chain chain = { 0 };
+	const char *data = NULL;
+	char *path = operands[0];
+	int ret = EXIT_OK;
+
+	(void)count;
+	if (index >= 0)
+		ret = image_of_device(index, repair, &path);
+	/* Backing files are not looked at, and what they are does not matter. */
+	if (!ret)
+		ret = chain_open(&chain, path, !repair, NULL, QCOW_FORMAT_RAW);
+	if (ret)
+		return ret;
+	if (chain.count > 1 && chain.layers[1].data)
+		data = chain.layers[1].path;
+
+	switch (run_check(path, data, repair, false)) {
+	case CHECK_CLEAN:
+		return EXIT_OK;
+	case CHECK_ERRORS:
+		return fail(EXIT_REFUSED, "%s: is damaged; %s", path, repair ?
+			    "not all of it could be repaired" :
+			    "qcowctl check --repair mends what can be");
+	case CHECK_LEAKS:
+		return fail(EXIT_LEAKS, "%s: has leaked clusters, which take space and do no harm; qcowctl check --repair frees them",
+			    path);
+	case EXIT_NOT_FOUND:
+		return fail(EXIT_SYSTEM, "%s: cannot run qemu-img, which checks images; install qemu-utils",
+			    path);
+	default:
+		return fail(EXIT_SYSTEM, "%s: qemu-img could not check it; see above",
+			    path);
+	}
+}
+
+const struct command check_command = {
+	.name = "check",
+	.operands = "IMAGE|DEVICE",
+	.summary = "Look for errors in an image's metadata, with qemu-img check.",
+	.options = option_help,
+	.option_count = ARRAY_SIZE(option_help),
+	.min = 1,
+	.max = 1,
+	.run = check,
+};
