@@ -51,9 +51,11 @@ for options in lazy_refcounts=on lazy_refcounts=on,cluster_size=512 \
 	is "$options: then it is dirty" "$(bit lazy.qcow2)" true
 	is "$options: and so is what a crash leaves" "$(bit crash.qcow2)" true
 	like "$options: there, counts are stale" "$(<check.out)" 'ERROR cluster .* refcount=0 reference=1'
+	dev=$DEV
 	not_ok "$options: it is not written before it is repaired" \
 		try_attach --no-repair "$PWD/crash.qcow2"
 	like "$options: and that is said" "$(<"$WORK/.err")" 'qemu-img check'
+	DEV=$dev
 	ok "$options: QEMU repairs it" qemu-img check -q -f qcow2 -r all crash.qcow2
 	is "$options: then it is clean" "$(bit crash.qcow2)" false
 	check_clean crash.qcow2 "$options, repaired"

@@ -5,6 +5,7 @@
  * point leaves nothing behind.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,7 +19,7 @@
 
 enum {
 	READ_ONLY, SNAPSHOT, NUMBER, DISCARD, CACHE_SIZE, IO, FORMAT, BACKING_FORMAT,
-	DATA_FILE, NO_REPAIR,
+	DATA_FILE, NO_REPAIR, TEMP, AUTOCLEAR,
 };
 
 static const struct option_help option_help[] = {
@@ -42,6 +43,10 @@ static const struct option_help option_help[] = {
 		"IMAGE's external data file (default: what its header says)" },
 	[NO_REPAIR] = { 0, "no-repair", NULL,
 		"refuse an image that was not closed cleanly" },
+	[TEMP] = { 0, "temp", NULL,
+		"keep what is written until detach only; IMAGE is read" },
+	[AUTOCLEAR] = { 0, "autoclear", NULL,
+		"detach when it is no longer mounted, or otherwise used" },
 };
 
 _Static_assert(ARRAY_SIZE(option_help) <= MAX_OPTIONS, "room for the options");
@@ -82,6 +87,10 @@ static int set_options(const char * const *options, struct qcow_attach *call)
 	call->index = -1;
 	if (options[READ_ONLY] || options[SNAPSHOT])
 		call->flags |= QCOW_ATTACH_READ_ONLY;
+	if (options[AUTOCLEAR])
+		call->flags |= QCOW_ATTACH_AUTOCLEAR;
+	if (options[TEMP] && (call->flags & QCOW_ATTACH_READ_ONLY || options[DATA_FILE]))
+		return fail(EXIT_USAGE, "attach: --temp goes without --read-only, --snapshot and --data-file; leave them out");
 	if (options[SNAPSHOT]) {
 		call->snapshot = (uintptr_t)options[SNAPSHOT];
 		call->snapshot_size = strlen(options[SNAPSHOT]);
@@ -191,10 +200,45 @@ static int attach(const char *image, const struct chain *chain,
 	return EXIT_OK;
 }
 
+/*
+ * Make an overlay of @image that nobody else can find, in a file without a name:
+ * it is gone when the driver closes it, or when we are killed. *@path becomes one
+ * by which this process and its children can open it.
+ */
+static int make_overlay(const char *image, char **path)
+{
+	const char *tmp = getenv("TMPDIR");
+	const char *dir = tmp && *tmp ? tmp : "/var/tmp";
+	autofree char *cwd = *image == '/' ? NULL : getcwd(NULL, 0);
+	/* Symbolic links stay: names in IMAGE are relative to where they are. */
+	autofree char *backing = xasprintf("%s%s%s", cwd ? cwd : "",
+					   cwd ? "/" : "", image);
+	char *argv[] = {
+		"qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2",
+		"-b", backing, NULL, NULL
+	};
+	int fd;
+
+	if (access(image, R_OK))
+		return fail(exit_of_errno(errno), "%s: %s; check the image's name",
+			    image, strerror(errno));
+	fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+	if (fd < 0)
+		return fail(EXIT_SYSTEM, "%s: cannot make a file without a name: %s; set TMPDIR to another directory",
+			    dir, strerror(errno));
+	*path = xasprintf("/proc/%d/fd/%d", getpid(), fd);
+	argv[ARRAY_SIZE(argv) - 2] = *path;
+	if (run_program(argv, false))
+		return fail(EXIT_REFUSED, "%s: qemu-img cannot make an overlay of it; see above, or install qemu-utils",
+			    image);
+	return EXIT_OK;
+}
+
 static int run(const char * const *options, int count, char **operands)
 {
 	struct qcow_attach call = { .size = sizeof(call) };
 	const char *format = options[BACKING_FORMAT];
+	char *image = operands[0];
 	struct chain chain;
 	int ret;
 
@@ -202,12 +246,15 @@ static int run(const char * const *options, int count, char **operands)
 	ret = set_options(options, &call);
 	if (ret)
 		return ret;
-	ret = chain_open(&chain, operands[0],
+	ret = options[TEMP] ? make_overlay(operands[0], &image) : EXIT_OK;
+	if (ret)
+		return ret;
+	ret = chain_open(&chain, image,
 			 call.flags & QCOW_ATTACH_READ_ONLY,
 			 options[DATA_FILE],
 			 format ? format_of_name(format) : 0);
 	if (!ret && !(call.flags & QCOW_ATTACH_READ_ONLY))
-		ret = repair_dirty(chain.layers[0].fd, operands[0],
+		ret = repair_dirty(chain.layers[0].fd, image,
 				   chain.count > 1 && chain.layers[1].data ?
 				   chain.layers[1].path : NULL,
 				   options[NO_REPAIR]);

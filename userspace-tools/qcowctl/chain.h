@@ -98,6 +98,9 @@ int lock_image(int fd, const char *path, bool write);
  */
 int repair_dirty(int fd, const char *path, const char *data, bool refuse);
 
+/* Run a program, without its output if @quiet; what it exits with, or 127. */
+int run_program(char **argv, bool quiet);
+
 /* Say who lets nobody open the file for writing, as the driver does (ETXTBSY). */
 int lock_denied(const char *path);
 

@@ -40,20 +40,8 @@ static char *file_options(const char *node, const char *path)
 			 block ? "host_device" : "file", node, node, quoted);
 }
 
-/*
- * Run qemu-img check on an image that we have locked; @data: its external data
- * file, or NULL. Returns what it exits with.
- */
-static int run_check(const char *path, const char *data, bool repair, bool quiet)
+int run_program(char **argv, bool quiet)
 {
-	autofree char *file = file_options("file", path);
-	autofree char *data_file = data ? file_options("data-file", data) : NULL;
-	autofree char *options = xasprintf("driver=qcow2,%s%s%s", file,
-					   data ? "," : "", data ? data_file : "");
-	char *argv[] = {
-		"qemu-img", "check", "--image-opts", options,
-		repair ? "-r" : NULL, "all", NULL
-	};
 	int status, fd;
 	pid_t pid;
 
@@ -70,6 +58,24 @@ static int run_check(const char *path, const char *data, bool repair, bool quiet
 	if (pid < 0 || waitpid(pid, &status, 0) < 0)
 		return EXIT_SYSTEM;
 	return WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_SYSTEM;
+}
+
+/*
+ * Run qemu-img check on an image that we have locked; @data: its external data
+ * file, or NULL. Returns what it exits with.
+ */
+static int run_check(const char *path, const char *data, bool repair, bool quiet)
+{
+	autofree char *file = file_options("file", path);
+	autofree char *data_file = data ? file_options("data-file", data) : NULL;
+	autofree char *options = xasprintf("driver=qcow2,%s%s%s", file,
+					   data ? "," : "", data ? data_file : "");
+	char *argv[] = {
+		"qemu-img", "check", "--image-opts", options,
+		repair ? "-r" : NULL, "all", NULL
+	};
+
+	return run_program(argv, quiet);
 }
 
 #define MARK_DIRTY	1

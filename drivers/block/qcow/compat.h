@@ -212,10 +212,14 @@ qcow_alloc_disk(struct blk_mq_tag_set *tag_set,
 #define QCOW_DISK_OPEN(name)	name(struct gendisk *disk, blk_mode_t mode)
 #define QCOW_DISK_RELEASE(name)	name(struct gendisk *disk)
 #define QCOW_OPENED_DISK	disk
+#define QCOW_OPEN_WRITE		BLK_OPEN_WRITE
+#define QCOW_OPEN_EXCL		BLK_OPEN_EXCL
 #else
 #define QCOW_DISK_OPEN(name)	name(struct block_device *bdev, fmode_t mode)
 #define QCOW_DISK_RELEASE(name)	name(struct gendisk *disk, fmode_t mode)
 #define QCOW_OPENED_DISK	(bdev->bd_disk)
+#define QCOW_OPEN_WRITE		FMODE_WRITE
+#define QCOW_OPEN_EXCL		FMODE_EXCL
 #endif
 
 /* 7.x: the node that a request's memory is on is signed (-1 for any). */

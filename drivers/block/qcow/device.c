@@ -99,6 +99,8 @@ static void qcow_device_describe(struct qcow_device *dev,
 		status->flags |= QCOW_STATUS_DIRECT;
 	if (image->snapshot)
 		status->flags |= QCOW_STATUS_SNAPSHOT;
+	if (dev->autoclear)
+		status->flags |= QCOW_STATUS_AUTOCLEAR;
 	status->layer_count = dev->chain->depth;
 	status->virtual_size = image->size;
 	status->version = image->header.version;
@@ -264,7 +266,18 @@ static int QCOW_DISK_OPEN(qcow_disk_open)
 {
 	struct qcow_device *dev = QCOW_OPENED_DISK->private_data;
 
-	return dev->claimed ? -ENXIO : 0;
+	if (dev->claimed)
+		return -ENXIO;
+	/*
+	 * Who looks at each new disk, as udev does, reads it and shares it: that is
+	 * not the use that it was attached for. Before the attach is over, nobody
+	 * may detach.
+	 */
+	if (dev->autoclear && mode & (QCOW_OPEN_WRITE | QCOW_OPEN_EXCL) &&
+	    /* Pairs with the release at the end of the attach. */
+	    smp_load_acquire(&dev->added))
+		WRITE_ONCE(dev->deferred, true);
+	return 0;
 }
 
 static void QCOW_DISK_RELEASE(qcow_disk_release)
@@ -563,6 +576,7 @@ int qcow_device_attach(const struct qcow_attach *args,
 		return -ENOMEM;
 	dev->discard = args->discard;
 	dev->read_only = args->flags & QCOW_ATTACH_READ_ONLY;
+	dev->autoclear = args->flags & QCOW_ATTACH_AUTOCLEAR;
 	INIT_WORK(&dev->detach_work, qcow_detach_work_fn);
 
 	dev->index = qcow_index_reserve(args->index);
@@ -612,7 +626,8 @@ int qcow_device_attach(const struct qcow_attach *args,
 		smp_store_release(&image->on_corrupt, qcow_device_on_corrupt);
 	}
 	mutex_lock(&qcow_devices_mutex);
-	dev->added = true;
+	/* The last thing done to it here: the last close may come now. */
+	smp_store_release(&dev->added, true);
 	mutex_unlock(&qcow_devices_mutex);
 	return 0;
 

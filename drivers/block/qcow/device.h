@@ -52,7 +52,8 @@ struct qcow_device_stats {
  * @nr_layers: half as many
  * @discard: QCOW_DISCARD_*
  * @read_only: the device refuses writes
- * @added: the disk has been added; guarded by qcow_devices_mutex
+ * @autoclear: to be detached by the last close behind its first use
+ * @added: the attach is over, but for its return; set under qcow_devices_mutex
  * @claimed: being detached, cannot be opened; guarded by disk->open_mutex
  * @deferred: to be detached by the last close; guarded by disk->open_mutex
  * @detach_work: that detach
@@ -73,6 +74,7 @@ struct qcow_device {
 	unsigned int nr_layers;
 	u32 discard;
 	bool read_only;
+	bool autoclear;
 	bool added;
 	bool claimed;
 	bool deferred;

@@ -63,7 +63,8 @@ struct qcow_layer {
 };
 
 #define QCOW_ATTACH_READ_ONLY	(1U << 0)
-#define QCOW_ATTACH_FLAGS_ALL	(QCOW_ATTACH_READ_ONLY)
+#define QCOW_ATTACH_AUTOCLEAR	(1U << 1)	/* detach after the first use */
+#define QCOW_ATTACH_FLAGS_ALL	(QCOW_ATTACH_READ_ONLY | QCOW_ATTACH_AUTOCLEAR)
 
 /**
  * struct qcow_attach - QCOW_CTL_ATTACH: make /dev/qcow@index
@@ -132,6 +133,7 @@ struct qcow_detach {
 #define QCOW_STATUS_FAILED	(1U << 3)	/* a write or flush failed for good */
 #define QCOW_STATUS_DIRECT	(1U << 4)	/* the image's file: direct I/O */
 #define QCOW_STATUS_SNAPSHOT	(1U << 5)	/* it shows an internal snapshot */
+#define QCOW_STATUS_AUTOCLEAR	(1U << 6)	/* it was attached with AUTOCLEAR */
 
 /**
  * struct qcow_status - QCOW_CTL_STATUS: state and counters of one device
