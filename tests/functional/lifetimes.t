@@ -256,6 +256,29 @@ diag "killed $killed of $kill_rounds; $left had made a device by then"
 is "a killed tool leaves the image free" "$stuck" 0
 is "and no device" "$(devices)" ""
 check_clean two.qcow2 "after the killings"
+
+# A detach that is killed goes on to its end, with the page cache in between, too.
+bad=0
+for ((i = 1; i <= 5; i++)); do
+	attach --io=buffered two.qcow2 || break
+	xfs_io -d -c "pwrite -q -S $i 0 8M" "$DEV"
+	"$QCOWCTL" detach "$DEV" >/dev/null 2>&1 &
+	pid=$!
+	read -rt "0.0$i" <> <(:)
+	kill -9 $pid 2>/dev/null
+	wait $pid 2>/dev/null
+	# Unless it had not even begun
+	for ((j = 0; j < 100; j++)); do
+		[[ $(devices) ]] || break
+		"$QCOWCTL" detach "$DEV" >/dev/null 2>&1
+		sleep 0.1
+	done
+	if [[ $(devices) ]] || ! is_clean two.qcow2 >/dev/null ||
+		! qemu-io -f qcow2 -c "read -q -P $i 0 8M" two.qcow2; then
+		bad=$((bad + 1))
+	fi
+done
+is "a killed detach loses nothing" "$bad" 0
 ok "the module unloads, so nothing holds it" rmmod qcow
 if [[ ${QCOW_KO-} ]]; then
 	insmod "$QCOW_KO"

@@ -795,8 +795,8 @@ static struct qcow_l2_entry qcow_clear_entry(struct qcow_chain *chain,
 
 /* Empty the host clusters of entries that keep them. Their range is locked. */
 static int qcow_punch_entries(struct qcow_image *image,
-			       struct qcow_block *block, unsigned int index,
-			       unsigned int count)
+			      struct qcow_block *block, unsigned int index,
+			      unsigned int count)
 {
 	unsigned int i;
 

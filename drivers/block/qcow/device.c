@@ -180,6 +180,7 @@ static ssize_t damage_show(struct device *dev, struct device_attribute *attr,
 {
 	struct qcow_image *image = qcow_device_of(dev)->chain->layers[0];
 
+	/* Pairs with the release after the message has been set. */
 	return smp_load_acquire(&image->corrupt) ?
 	       sysfs_emit(buf, "%s\n", image->damage.text) : 0;
 }
@@ -188,7 +189,7 @@ static DEVICE_ATTR_RO(damage);
 /* The image is damaged, as was just found: have udev look at the state. */
 static void qcow_device_on_corrupt(void *data)
 {
-	char *env[] = { "QCOW_CORRUPT=1", NULL };
+	char *env[2] = { "QCOW_CORRUPT=1" };
 	struct qcow_device *dev = data;
 
 	kobject_uevent_env(&disk_to_dev(dev->disk)->kobj, KOBJ_CHANGE, env);
@@ -623,6 +624,7 @@ int qcow_device_attach(const struct qcow_attach *args,
 	image = dev->chain->layers[0];
 	if (image->writable) {
 		image->on_corrupt_data = dev;
+		/* Who sees the function sees the data. */
 		smp_store_release(&image->on_corrupt, qcow_device_on_corrupt);
 	}
 	mutex_lock(&qcow_devices_mutex);
