@@ -87,7 +87,7 @@ qemu-img create -q -f qcow2 -o data_file=data.raw dir/ext.qcow2 1M
 refused "a data file that is not there" 5 "dir/data.raw: .* it is the data file of dir/ext.qcow2" \
 	attach dir/ext.qcow2
 attach --data-file=data.raw dir/ext.qcow2
-is "--data-file: sysfs has it" "$(</sys/block/${DEV#/dev/}/qcow/data_file)" "$WORK/data.raw"
+is "--data-file: sysfs has it" "$(</sys/block/"${DEV#/dev/}"/qcow/data_file)" "$WORK/data.raw"
 not_ok "the data file is locked" qemu-io -f raw -c 'write 0 512' data.raw
 ok "detach by image, with a data file" "$QCOWCTL" detach dir/ext.qcow2
 mv data.raw dir

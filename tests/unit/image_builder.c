@@ -897,7 +897,8 @@ static void refer_entry(struct check *check, u64 entry, u64 bitmap, bool active)
 
 	if (bitmap >> 32 & bitmap & U32_MAX ||
 	    (bitmap & U32_MAX && !offset) ||
-	    (entry & QCOW_OFLAG_ZERO && is_extended(check->disk)))
+	    (entry & QCOW_OFLAG_ZERO && is_extended(check->disk) &&
+	     !(entry & QCOW_OFLAG_COMPRESSED)))
 		problem(check, &result->errors, "L2 entry 0x%llx, bitmap 0x%llx",
 			entry, bitmap);
 
