@@ -807,9 +807,10 @@ static void expect_promises(struct kunit *test, const struct qcow_header *h,
 	KUNIT_EXPECT_LE(test, h->refcount_order, 6);
 	KUNIT_EXPECT_LE(test, h->header_length, cs);
 	KUNIT_EXPECT_EQ(test, h->crypt_method, 0);
-	KUNIT_EXPECT_EQ(test, h->incompatible & ~0x3ULL, 0);
+	KUNIT_EXPECT_EQ(test, h->incompatible & ~0x1fULL, 0);
+	/* A dirty or corrupt image is not to be written. */
 	if (writable)
-		KUNIT_EXPECT_EQ(test, h->incompatible, 0);
+		KUNIT_EXPECT_EQ(test, h->incompatible & 0x3, 0);
 	KUNIT_EXPECT_LE(test, h->backing_offset + h->backing_size, cs);
 	KUNIT_EXPECT_LE(test, h->backing_size, QCOW_MAX_BACKING_NAME);
 	KUNIT_EXPECT_LE(test, h->l1_size, QCOW_MAX_L1_BYTES / 8);
@@ -824,8 +825,8 @@ static void expect_promises(struct kunit *test, const struct qcow_header *h,
 	KUNIT_EXPECT_LE(test, h->nb_snapshots, QCOW_MAX_SNAPSHOTS);
 	KUNIT_EXPECT_EQ(test, h->snapshots_offset & (cs - 1), 0);
 	if (h->size)
-		KUNIT_EXPECT_LT(test, (h->size - 1) >> (2 * h->cluster_bits - 3),
-				h->l1_size);
+		KUNIT_EXPECT_LT(test, (h->size - 1) >>
+				(h->cluster_bits + h->l2_bits), h->l1_size);
 	KUNIT_EXPECT_LT(test, strnlen(h->backing_format,
 				      sizeof(h->backing_format)),
 			sizeof(h->backing_format));
