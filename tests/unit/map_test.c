@@ -118,6 +118,8 @@ struct entry_case {
 
 static const struct entry_case entry_cases[] = {
 	{ .name = "0 is unallocated", .type = QCOW_EXTENT_UNALLOCATED },
+	{ .name = "COPIED without a cluster", .entry = COPIED,
+	  .type = QCOW_EXTENT_UNALLOCATED },
 	{ .name = "data", .entry = DATA_AT | COPIED, .type = QCOW_EXTENT_DATA,
 	  .in_place = true },
 	{ .name = "shared data", .entry = DATA_AT, .type = QCOW_EXTENT_DATA },
@@ -158,6 +160,8 @@ static const struct entry_case entry_cases[] = {
 	{ .name = "L1: shared L2 table", .l1 = true, .entry = L2_AT,
 	  .type = QCOW_EXTENT_DATA },
 	{ .name = "L1: none", .l1 = true, .entry = 0,
+	  .type = QCOW_EXTENT_UNALLOCATED },
+	{ .name = "L1: COPIED without a table", .l1 = true, .entry = COPIED,
 	  .type = QCOW_EXTENT_UNALLOCATED },
 	{ .name = "L1: not aligned", .l1 = true, .entry = (L2_AT + 512) | COPIED,
 	  .error = -EIO },
@@ -253,6 +257,38 @@ static void damage_stops_writes_not_reads(struct kunit *test)
 	KUNIT_EXPECT_EQ(test, qcow_map_layer(image, SZ_64K, 512, &extent), -EIO);
 	KUNIT_EXPECT_NE(test, qcow_image_error(image), 0);
 	expect_extent(test, image, 0, SZ_64K, QCOW_EXTENT_DATA, host, SZ_64K);
+}
+
+/* ---- opening ------------------------------------------------------------- */
+
+static void autoclear_bits_are_cleared_before_all_else(struct kunit *test)
+{
+	struct qcow_test_spec spec = {
+		.size = SZ_1M, .autoclear = ~QCOW_AUTOCLEAR_RAW_DATA_FILE,
+	};
+	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
+	struct qcow_test_file *tf = qcow_test_file_create(disk);
+	const struct qcow_disk_header *header;
+	struct qcow_test_event *event;
+	struct qcow_image *image;
+
+	qcow_test_file_log(tf, true);
+	image = qcow_test_image_open(tf, false);
+	KUNIT_EXPECT_TRUE(test, list_empty(&tf->log));
+	KUNIT_ASSERT_EQ(test, qcow_test_image_close(test, image), 0);
+
+	/* One write, and a barrier behind it. */
+	qcow_test_image_open(tf, true);
+	KUNIT_ASSERT_FALSE(test, list_empty(&tf->log));
+	event = list_first_entry(&tf->log, struct qcow_test_event, node);
+	KUNIT_EXPECT_EQ(test, event->kind, QCOW_TEST_WRITE);
+	KUNIT_EXPECT_EQ(test, event->offset, 0);
+	KUNIT_ASSERT_FALSE(test, list_is_last(&event->node, &tf->log));
+	event = list_next_entry(event, node);
+	KUNIT_EXPECT_EQ(test, event->kind, QCOW_TEST_SYNC);
+	KUNIT_EXPECT_TRUE(test, list_is_last(&event->node, &tf->log));
+	header = (const void *)qcow_test_file_load(tf)->bytes;
+	KUNIT_EXPECT_EQ(test, be64_to_cpu(header->autoclear_features), 0);
 }
 
 /* ---- extents -------------------------------------------------------------- */
@@ -643,6 +679,7 @@ static struct kunit_case map_test_cases[] = {
 	KUNIT_CASE_PARAM(an_entry_is_judged, entry_gen_params),
 	KUNIT_CASE(data_far_behind_the_end_is_damage_to_a_writer),
 	KUNIT_CASE(damage_stops_writes_not_reads),
+	KUNIT_CASE(autoclear_bits_are_cleared_before_all_else),
 	KUNIT_CASE(neighbours_in_the_file_are_one_extent),
 	KUNIT_CASE(shared_and_exclusive_clusters_are_told_apart),
 	KUNIT_CASE(a_longer_raw_backing_file_shows_through),

@@ -599,6 +599,38 @@ static void the_table_grows_to_its_limit_and_not_beyond(struct kunit *test)
 	KUNIT_EXPECT_EQ(test, qcow_image_error(image), 0);
 }
 
+/* A crash may leave a few; more would take the allocator long to get past. */
+static void what_is_counted_far_behind_the_end_is_damage(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .cluster_bits = 21, .size = SZ_16M };
+	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
+	struct qcow_image *image;
+	u64 i, cluster, got;
+
+	/* In blocks of 4 KiB, of which the third begins 8 GiB into the file. */
+	for (i = disk->size >> 21; i < 4200; i++)
+		qcow_test_disk_set_refcount(disk, i, 1);
+	image = qcow_test_image_open(qcow_test_file_create(disk), true);
+	KUNIT_EXPECT_EQ(test, alloc(test, image, 1, &cluster, &got), -EIO);
+	KUNIT_EXPECT_TRUE(test, image->corrupt);
+	KUNIT_EXPECT_LT(test, qcow_file_size(&image->file), SZ_1G);
+}
+
+/* Entries have 56 bits for an offset. A refcount table may cover more. */
+static void nothing_is_taken_where_no_entry_reaches(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .cluster_bits = 21, .size = SZ_16M };
+	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
+	struct qcow_test_file *tf = qcow_test_file_create(disk);
+	struct qcow_image *image = qcow_test_image_open(tf, true);
+	u64 cluster, got;
+
+	image->alloc_cursor = QCOW_MAX_HOST_OFFSET >> 21;
+	KUNIT_ASSERT_EQ(test, alloc(test, image, 4, &cluster, &got), 0);
+	KUNIT_EXPECT_LT(test, cluster, 1000);
+	expect_leaks(qcow_test_close_and_load(tf, image), got);
+}
+
 /*
  * The allocator's own crash safety: whatever a power cut leaves behind, what is
  * reachable has a refcount. Nothing but refcount blocks and the refcount table
@@ -656,6 +688,8 @@ static struct kunit_case refcount_test_cases[] = {
 	KUNIT_CASE(a_read_error_is_told_and_harmless),
 	KUNIT_CASE(after_a_failed_barrier_nothing_is_allocated),
 	KUNIT_CASE(the_table_grows_to_its_limit_and_not_beyond),
+	KUNIT_CASE(what_is_counted_far_behind_the_end_is_damage),
+	KUNIT_CASE(nothing_is_taken_where_no_entry_reaches),
 	KUNIT_CASE(growing_is_safe_at_any_instant),
 	{}
 };
