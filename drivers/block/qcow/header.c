@@ -529,18 +529,18 @@ static int check_bitmaps_extension(const struct qcow_extension_walk *walk,
 				 nb_bitmaps, QCOW_MAX_BITMAPS);
 		return -EINVAL;
 	}
-	if (!directory_offset || directory_offset & (cluster_size - 1) ||
-	    directory_offset > S64_MAX - QCOW_MAX_BITMAP_DIRECTORY_BYTES) {
-		qcow_message_set(msg,
-				 "bitmap_directory_offset is %llu; expected a multiple of the cluster size %u, not 0 and below 2^63",
-				 directory_offset, cluster_size);
-		return -EINVAL;
-	}
 	if (directory_size > QCOW_MAX_BITMAP_DIRECTORY_BYTES) {
 		qcow_message_set(msg,
 				 "bitmap_directory_size is %llu; expected at most %llu",
 				 directory_size,
 				 QCOW_MAX_BITMAP_DIRECTORY_BYTES);
+		return -EINVAL;
+	}
+	if (!directory_offset || directory_offset & (cluster_size - 1) ||
+	    directory_offset > S64_MAX - QCOW_MAX_BITMAP_DIRECTORY_BYTES) {
+		qcow_message_set(msg,
+				 "bitmap_directory_offset is %llu; expected a multiple of the cluster size %u, not 0 and below 2^63",
+				 directory_offset, cluster_size);
 		return -EINVAL;
 	}
 	header->bitmap_directory_offset = directory_offset;
