@@ -95,7 +95,7 @@ ok "a relative data file is looked for beside the image" \
 	"$QCOWCTL" attach -n 11 dir/ext.qcow2
 ok "detach it by number" "$QCOWCTL" detach 11
 refused "a data file that is not wanted" 3 "has its data in itself; leave out --data-file" \
-	attach --data-file=dir/data.raw ok.qcow2
+	attach --data-file=dir/data.raw dir/top.qcow2
 DEV=/dev/qcow9
 "$QCOWCTL" attach dir/top.qcow2 >/dev/full 2>.full
 is "attach, but the name cannot be printed: the exit code" $? 1
