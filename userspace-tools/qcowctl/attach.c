@@ -3,201 +3,119 @@
  * qcowctl attach: opens and locks the chain, hands it to the driver. The driver
  * keeps the files open, and with them the locks; a qcowctl that is killed at any
  * point leaves nothing behind.
+ *
+ * qcowctl detach: finds the devices, removes them, and says what keeps them.
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <unistd.h>
 
-#include "chain.h"
-#include "control.h"
-#include "util.h"
+#include "qcowctl.h"
 
 enum {
 	READ_ONLY, SNAPSHOT, NUMBER, DISCARD, CACHE_SIZE, IO, FORMAT, BACKING_FORMAT,
-	DATA_FILE, NO_REPAIR, TEMP, AUTOCLEAR,
+	DATA_FILE, NO_REPAIR, TEMP, AUTOCLEAR, ATTACH_OPTIONS
 };
 
-static const struct option_help option_help[] = {
-	[READ_ONLY] = { 'r', "read-only", NULL,
-		"neither write the image nor need to" },
-	[SNAPSHOT] = { 0, "snapshot", "ID|NAME",
-		"show this internal snapshot, read-only" },
-	[NUMBER] = { 'n', "number", "N",
-		"make /dev/qcowN (default: the lowest free number)" },
-	[DISCARD] = { 0, "discard", "MODE",
-		"unmap (default), ignore, keep" },
-	[CACHE_SIZE] = { 0, "cache-size", "SIZE",
-		"most memory for tables, in bytes or with k, M, G" },
-	[IO] = { 0, "io", "MODE",
-		"auto (default), direct, buffered" },
-	[FORMAT] = { 'f', "format", "FORMAT",
-		"format of IMAGE; only qcow2 can be attached" },
+static const struct option_help attach_options[ATTACH_OPTIONS + 1] = {
+	[READ_ONLY] = { 'r', "read-only", NULL, "neither write the image nor need to" },
+	[SNAPSHOT] = { SNAPSHOT, "snapshot", "ID|NAME", "show this internal snapshot, read-only" },
+	[NUMBER] = { 'n', "number", "N", "make /dev/qcowN (default: the lowest free number)" },
+	[DISCARD] = { DISCARD, "discard", "MODE", "unmap (default), ignore, keep" },
+	[CACHE_SIZE] = { CACHE_SIZE, "cache-size", "SIZE",
+		"most memory for tables, in bytes or with k, M, G, T" },
+	[IO] = { IO, "io", "MODE", "auto (default), direct, buffered" },
+	[FORMAT] = { 'f', "format", "FORMAT", "format of IMAGE; only qcow2 can be attached" },
 	[BACKING_FORMAT] = { 'F', "backing-format", "FORMAT",
 		"raw, qcow2: of backing files where no header says it" },
-	[DATA_FILE] = { 0, "data-file", "FILE",
+	[DATA_FILE] = { DATA_FILE, "data-file", "FILE",
 		"IMAGE's external data file (default: what its header says)" },
-	[NO_REPAIR] = { 0, "no-repair", NULL,
+	[NO_REPAIR] = { NO_REPAIR, "no-repair", NULL,
 		"refuse an image that was not closed cleanly" },
-	[TEMP] = { 0, "temp", NULL,
-		"keep what is written until detach only; IMAGE is read" },
-	[AUTOCLEAR] = { 0, "autoclear", NULL,
+	[TEMP] = { TEMP, "temp", NULL, "keep what is written until detach only; IMAGE is read" },
+	[AUTOCLEAR] = { AUTOCLEAR, "autoclear", NULL,
 		"detach when it is no longer mounted, or otherwise used" },
 };
 
-_Static_assert(ARRAY_SIZE(option_help) <= MAX_OPTIONS, "room for the options");
+_Static_assert(ATTACH_OPTIONS <= MAX_OPTIONS, "room for the options");
 
-/* The place of option @which's value in @names, which is its number in the ABI. */
-static int choose(int which, const char *value, const char * const *names,
-		  int count, __u32 *choice)
+/* By QCOW_IO_* */
+static const char * const io_modes[3] = { "auto", "direct", "buffered" };
+
+static int bad_value(int option, const char *value, const char *hint)
 {
-	int i;
+	return fail(EXIT_USAGE, "attach: --%s cannot be '%s'; %s",
+		    attach_options[option].name, value, hint);
+}
 
-	for (i = 0; value && i < count; i++) {
-		if (!strcmp(value, names[i])) {
-			*choice = i;
+/* The place of an option's value in @names, which is its number in the ABI. */
+static int choose(int option, const char *value, const char * const names[3], __u32 *choice)
+{
+	for (*choice = 0; value && *choice < 3; ++*choice) {
+		if (!strcmp(value, names[*choice]))
 			return EXIT_OK;
-		}
 	}
-	if (!value)
-		return EXIT_OK;
-	return fail(EXIT_USAGE, "attach: --%s cannot be '%s'; try qcowctl attach --help",
-		    option_help[which].name, value);
+	return value ? bad_value(option, value, "try qcowctl attach --help") : EXIT_OK;
 }
 
-static int set_options(const char * const *options, struct qcow_attach *call)
+static int set_options(const char * const *values, struct qcow_attach *call,
+		       struct chain *chain)
 {
-	static const char * const discards[] = {
-		[QCOW_DISCARD_UNMAP] = "unmap",
-		[QCOW_DISCARD_IGNORE] = "ignore",
-		[QCOW_DISCARD_KEEP] = "keep",
-	};
-	static const char * const io_modes[] = {
-		[QCOW_IO_AUTO] = "auto",
-		[QCOW_IO_DIRECT] = "direct",
-		[QCOW_IO_BUFFERED] = "buffered",
-	};
-	uint64_t number;
-	int ret;
+	const char *format = values[FORMAT], *backing = values[BACKING_FORMAT];
+	const char *snapshot = values[SNAPSHOT];
+	uint64_t cache_limit = 0;
+	int number = -1;
 
-	call->index = -1;
-	if (options[READ_ONLY] || options[SNAPSHOT])
-		call->flags |= QCOW_ATTACH_READ_ONLY;
-	if (options[AUTOCLEAR])
-		call->flags |= QCOW_ATTACH_AUTOCLEAR;
-	if (options[TEMP] && (call->flags & QCOW_ATTACH_READ_ONLY || options[DATA_FILE]))
+	if (values[TEMP] && (values[READ_ONLY] || snapshot || values[DATA_FILE]))
 		return fail(EXIT_USAGE, "attach: --temp goes without --read-only, --snapshot and --data-file; leave them out");
-	if (options[SNAPSHOT]) {
-		call->snapshot = (uintptr_t)options[SNAPSHOT];
-		call->snapshot_size = strlen(options[SNAPSHOT]);
-		if (!call->snapshot_size || call->snapshot_size > UINT16_MAX)
-			return fail(EXIT_USAGE, "attach: --snapshot needs the ID or the name of a snapshot; see qemu-img snapshot -l");
-	}
-	if (options[NUMBER]) {
-		if (!parse_number(options[NUMBER], INT_MAX, &number))
-			return fail(EXIT_USAGE, "attach: --number cannot be '%s'; give a number from 0 on",
-				    options[NUMBER]);
-		call->index = number;
-	}
-	if (options[CACHE_SIZE]) {
-		if (!parse_size(options[CACHE_SIZE], &number))
-			return fail(EXIT_USAGE, "attach: --cache-size cannot be '%s'; give bytes, or a number with K, M or G",
-				    options[CACHE_SIZE]);
-		call->cache_limit = number;
-	}
-	if (options[FORMAT] && !strcmp(options[FORMAT], "raw"))
-		return fail(EXIT_USAGE, "attach: --format cannot be 'raw'; a raw image is attached with losetup");
-	if (options[FORMAT] && strcmp(options[FORMAT], "qcow2"))
-		return fail(EXIT_USAGE, "attach: --format cannot be '%s'; only qcow2 can be attached",
-			    options[FORMAT]);
-	if (options[BACKING_FORMAT] && !format_of_name(options[BACKING_FORMAT]))
-		return fail(EXIT_USAGE, "attach: --backing-format cannot be '%s'; only raw and qcow2 can be attached",
-			    options[BACKING_FORMAT]);
-	ret = choose(DISCARD, options[DISCARD], discards, ARRAY_SIZE(discards),
-		     &call->discard);
-	if (!ret)
-		ret = choose(IO, options[IO], io_modes, ARRAY_SIZE(io_modes),
-			     &call->io_mode);
-	return ret;
+	if (snapshot && (!*snapshot || strlen(snapshot) > UINT16_MAX))
+		return fail(EXIT_USAGE, "attach: --snapshot needs the ID or the name of a snapshot; see qemu-img snapshot -l");
+	if (values[NUMBER] && !parse_number(values[NUMBER], &number))
+		return bad_value(NUMBER, values[NUMBER], "give a number from 0 on");
+	if (values[CACHE_SIZE] && !parse_size(values[CACHE_SIZE], &cache_limit))
+		return bad_value(CACHE_SIZE, values[CACHE_SIZE],
+				 "give bytes, or a number with K, M, G or T");
+	if (format && strcmp(format, "qcow2"))
+		return bad_value(FORMAT, format, strcmp(format, "raw") ?
+				 "only qcow2 can be attached" :
+				 "a raw image is attached with losetup");
+	if (backing && !format_of_name(backing))
+		return bad_value(BACKING_FORMAT, backing, "only raw and qcow2 can be attached");
+	*chain = (struct chain) {
+		.read_only = values[READ_ONLY] || snapshot,
+		.data_file = values[DATA_FILE],
+		.backing_format = backing ? format_of_name(backing) : 0,
+	};
+	*call = (struct qcow_attach) {
+		.size = sizeof(*call),
+		.flags = (chain->read_only ? QCOW_ATTACH_READ_ONLY : 0) |
+			 (values[AUTOCLEAR] ? QCOW_ATTACH_AUTOCLEAR : 0),
+		.index = number,
+		.cache_limit = cache_limit,
+		.snapshot = (uintptr_t)snapshot,
+		.snapshot_size = snapshot ? strlen(snapshot) : 0,
+	};
+	return choose(DISCARD, values[DISCARD], discard_names, &call->discard) ?:
+	       choose(IO, values[IO], io_modes, &call->io_mode);
 }
 
-static int attach_failed(const char *image, int wanted, const char *message,
-			 int err)
+static int attach_failed(const char *image, int wanted, const char *message)
 {
-	enum qcowctl_exit code;
+	int code = exit_of_errno(errno);
 
-	switch (err) {
-	case EINVAL:
-	case EOPNOTSUPP:
-	case EUCLEAN:
-	case EFBIG:
-	case EACCES:
-	case ELOOP:
+	if (errno == EINVAL || errno == EOPNOTSUPP || errno == EUCLEAN ||
+	    errno == EFBIG || errno == EACCES || errno == ELOOP)
 		code = EXIT_REFUSED;
-		break;
-	default:
-		code = exit_of_errno(err);
-	}
-	if (err == EEXIST && wanted >= 0)
+	if (errno == EEXIST && wanted >= 0)
 		return fail(code, "%s: /dev/qcow%d is attached already; leave out --number, or detach it",
 			    image, wanted);
 	if (*message)
 		return fail(code, "%s: %s", image, message);
-	if (err == EPERM || err == ENOTTY || err == E2BIG)
-		return control_error(err);
-	return fail(code, "%s: the driver refused it: %s; the kernel log may say more",
-		    image, strerror(err));
-}
-
-static int attach(const char *image, const struct chain *chain,
-		  struct qcow_attach *call)
-{
-	autofree struct qcow_layer *layers = NULL;
-	int wanted = call->index;
-	char message[1024] = "";
-	int control, err = 0;
-	struct qcow_layer *layer;
-	size_t i;
-
-	control = control_open(true);
-	if (control < 0)
-		return control_error(-control);
-
-	layers = xreallocarray(NULL, chain->count, sizeof(*layers));
-	layer = layers;
-	for (i = 0; i < chain->count; i++) {
-		if (chain->layers[i].data) {
-			layer[-1].flags |= QCOW_LAYER_DATA_FILE;
-			layer[-1].data_fd = chain->layers[i].fd;
-			continue;
-		}
-		*layer++ = (struct qcow_layer) {
-			.fd = chain->layers[i].fd,
-			.format = chain->layers[i].format,
-		};
-	}
-	call->layer_count = layer - layers;
-	call->layer_size = sizeof(*layers);
-	call->layers = (uintptr_t)layers;
-	call->message_size = sizeof(message);
-	call->message = (uintptr_t)message;
-	if (ioctl(control, QCOW_CTL_ATTACH, call))
-		err = errno;
-	close(control);
-
-	if (err) {
-		message[sizeof(message) - 1] = '\0';
-		return attach_failed(image, wanted, message, err);
-	}
-	printf("/dev/qcow%d\n", call->index);
-	if (fflush(stdout))
-		return fail(EXIT_SYSTEM, "standard output: %s; %s is attached as /dev/qcow%d",
-			    strerror(errno), image, call->index);
-	return EXIT_OK;
+	if (errno == EPERM || errno == ENOTTY || errno == E2BIG)
+		return control_error();
+	return fail(code, "%s: the driver refused it: %m; the kernel log may say more", image);
 }
 
 /*
@@ -205,14 +123,13 @@ static int attach(const char *image, const struct chain *chain,
  * it is gone when the driver closes it, or when we are killed. *@path becomes one
  * by which this process and its children can open it.
  */
-static int make_overlay(const char *image, char **path)
+static int make_overlay(const char *image, const char **path)
 {
 	const char *tmp = getenv("TMPDIR");
 	const char *dir = tmp && *tmp ? tmp : "/var/tmp";
 	autofree char *cwd = *image == '/' ? NULL : getcwd(NULL, 0);
 	/* Symbolic links stay: names in IMAGE are relative to where they are. */
-	autofree char *backing = xasprintf("%s%s%s", cwd ? cwd : "",
-					   cwd ? "/" : "", image);
+	autofree char *backing = xasprintf("%s%s%s", cwd ?: "", cwd ? "/" : "", image);
 	char *argv[] = {
 		"qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2",
 		"-b", backing, NULL, NULL
@@ -220,57 +137,174 @@ static int make_overlay(const char *image, char **path)
 	int fd;
 
 	if (access(image, R_OK))
-		return fail(exit_of_errno(errno), "%s: %s; check the image's name",
-			    image, strerror(errno));
+		return fail(exit_of_errno(errno), "%s: %m; check the image's name", image);
 	fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
 	if (fd < 0)
-		return fail(EXIT_SYSTEM, "%s: cannot make a file without a name: %s; set TMPDIR to another directory",
-			    dir, strerror(errno));
-	*path = xasprintf("/proc/%d/fd/%d", getpid(), fd);
-	argv[ARRAY_SIZE(argv) - 2] = *path;
+		return fail(EXIT_SYSTEM, "%s: cannot make a file without a name: %m; set TMPDIR to another directory",
+			    dir);
+	argv[ARRAY_SIZE(argv) - 2] = xasprintf("/proc/%d/fd/%d", getpid(), fd);
+	*path = argv[ARRAY_SIZE(argv) - 2];
 	if (run_program(argv, false))
 		return fail(EXIT_REFUSED, "%s: qemu-img cannot make an overlay of it; see above, or install qemu-utils",
 			    image);
 	return EXIT_OK;
 }
 
-static int run(const char * const *options, int count, char **operands)
+static int attach(const char * const *values, char **operands)
 {
-	struct qcow_attach call = { .size = sizeof(call) };
-	const char *format = options[BACKING_FORMAT];
-	char *image = operands[0];
+	const char *image = operands[0], *opened = image;
+	struct qcow_attach call;
+	char message[1024] = "";
 	struct chain chain;
-	int ret;
+	int ret, wanted;
 
-	(void)count;
-	ret = set_options(options, &call);
+	ret = set_options(values, &call, &chain);
+	if (!ret && values[TEMP])
+		ret = make_overlay(image, &opened);
+	ret = ret ?: chain_open(&chain, opened);
+	if (!ret && !chain.read_only)
+		ret = repair_dirty(&chain, values[NO_REPAIR]);
 	if (ret)
 		return ret;
-	ret = options[TEMP] ? make_overlay(operands[0], &image) : EXIT_OK;
-	if (ret)
-		return ret;
-	ret = chain_open(&chain, image,
-			 call.flags & QCOW_ATTACH_READ_ONLY,
-			 options[DATA_FILE],
-			 format ? format_of_name(format) : 0);
-	if (!ret && !(call.flags & QCOW_ATTACH_READ_ONLY))
-		ret = repair_dirty(chain.layers[0].fd, image,
-				   chain.count > 1 && chain.layers[1].data ?
-				   chain.layers[1].path : NULL,
-				   options[NO_REPAIR]);
-	if (!ret)
-		ret = attach(operands[0], &chain, &call);
-	chain_close(&chain);
-	return ret;
+	if (!control_open())
+		return control_error();
+	wanted = call.index;
+	call.layers = (uintptr_t)chain.layers;
+	call.layer_count = chain.layer_count;
+	call.layer_size = sizeof(*chain.layers);
+	call.message = (uintptr_t)message;
+	call.message_size = sizeof(message);
+	if (control_call(QCOW_CTL_ATTACH, &call))
+		return attach_failed(image, wanted, message);
+	printf("/dev/qcow%d\n", call.index);
+	if (fflush(stdout))
+		return fail(EXIT_SYSTEM, "standard output: %m; %s is attached as /dev/qcow%d",
+			    image, call.index);
+	return EXIT_OK;
 }
 
 const struct command attach_command = {
 	.name = "attach",
 	.operands = "IMAGE",
 	.summary = "Attach a qcow2 image and print the path of its block device.",
-	.options = option_help,
-	.option_count = ARRAY_SIZE(option_help),
-	.min = 1,
-	.max = 1,
-	.run = run,
+	.options = attach_options,
+	.min = 1, .max = 1,
+	.run = attach,
+};
+
+enum { DEFERRED, ALL, DETACH_OPTIONS };
+
+static const struct option_help detach_options[DETACH_OPTIONS + 1] = {
+	[DEFERRED] = { 'd', "deferred", NULL,
+		"if it is in use, detach when the last opener closes it" },
+	[ALL] = { 'a', "all", NULL, "all devices" },
+};
+
+/* udev and others look at a device for a moment; that long we wait for them. */
+#define RETRIES		40
+#define RETRY_USEC	50000
+
+static int detach_one(int index, bool deferred)
+{
+	autofree char *name = xasprintf("/dev/qcow%d", index);
+	struct qcow_detach call = {
+		.size = sizeof(call),
+		.flags = deferred ? QCOW_DETACH_DEFERRED : 0,
+		.index = index,
+	};
+	struct qcow_status status = { .size = sizeof(status), .index = index };
+	int err, tries = 0;
+
+	while ((err = control_call(QCOW_CTL_DETACH, &call)) == EBUSY) {
+		autofree char *holder = device_holder(index);
+
+		if (holder || ++tries > RETRIES) {
+			holder = holder ?: device_openers(index);
+			return fail(EXIT_BUSY, "%s: %s; end that, or use --deferred",
+				    name, holder);
+		}
+		usleep(RETRY_USEC);
+	}
+	if (!err)
+		return EXIT_OK;
+	if (err == ENODEV)
+		return not_attached(name);
+	if (err == EPERM || err == ENOTTY || err == E2BIG)
+		return control_error();
+	if (control_call(QCOW_CTL_STATUS, &status) == ENODEV)
+		return fail(EXIT_SYSTEM, "%s: detached, but not everything could be written: %s; see the kernel log, then qemu-img check",
+			    name, strerror(err));
+	return fail(exit_of_errno(err), "%s: still attached: %s; see the kernel log",
+		    name, strerror(err));
+}
+
+/* The devices that @name means, which has to be one. */
+static int find_device(const char *name, int *index)
+{
+	autofree int *indices = NULL;
+	autofree char *list = NULL;
+	struct stat st = { 0 };
+	int i, err;
+
+	*index = device_number(name);
+	if (*index >= 0)
+		return EXIT_OK;
+
+	/* The kernel may know a name that is out of reach from here. */
+	err = stat(name, &st) ? errno : 0;
+	indices = control_find(&st, name, false);
+	if (!indices)
+		return control_error();
+	*index = indices[0];
+	if (*index < 0 && err)
+		return fail(exit_of_errno(err), "%s: %s; name a device or its image, see qcowctl list",
+			    name, strerror(err));
+	if (*index < 0)
+		return not_attached(name);
+	if (indices[1] < 0)
+		return EXIT_OK;
+	for (i = 0; indices[i] >= 0; i++) {
+		autofree char *device = xasprintf("/dev/qcow%d", indices[i]);
+
+		list_append(&list, device);
+	}
+	return fail(EXIT_USAGE, "%s: attached as %s; name one of them", name, list);
+}
+
+static int detach(const char * const *values, char **operands)
+{
+	bool deferred = values[DEFERRED];
+	int index, ret, first = EXIT_OK;
+	autofree int *indices = NULL;
+	size_t i = 0;
+
+	if (values[ALL] && *operands)
+		return fail(EXIT_USAGE, "detach: --all and '%s' exclude each other; give one or the other",
+			    *operands);
+	if (!values[ALL] && !*operands)
+		return fail(EXIT_USAGE, "detach: nothing to detach; name a device or an image, or give --all");
+	indices = control_open() ? control_list() : NULL;
+	if (!indices)
+		return control_error();
+	while (values[ALL] && indices[i] >= 0)
+		i++;
+	/* The other way round: a device may be the image of a later one. */
+	while (i-- > 0) {
+		ret = detach_one(indices[i], deferred);
+		first = first ?: ret;
+	}
+	for (; *operands; operands++) {
+		ret = find_device(*operands, &index) ?: detach_one(index, deferred);
+		first = first ?: ret;
+	}
+	return first;
+}
+
+const struct command detach_command = {
+	.name = "detach",
+	.operands = "DEVICE|NUMBER|IMAGE...",
+	.summary = "Detach devices; afterwards all is written and the images are free.",
+	.options = detach_options,
+	.max = -1,
+	.run = detach,
 };

@@ -7,181 +7,223 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <unistd.h>
 
-#include <linux/qcow.h>
+#include "qcowctl.h"
 
-#include "chain.h"
-#include "util.h"
+/*
+ * QEMU's image locks (block/file-posix.c of QEMU): byte 100 + P of the file says
+ * "I use permission P", byte 200 + P says "nobody else may use P". Both are
+ * shared OFD locks on one byte, so taking one never fails between QEMU's own;
+ * a conflict is somebody else's lock on the opposite byte. Taking first and
+ * probing afterwards makes that two racing openers may both fail, but never
+ * both succeed.
+ */
 
-int format_of_name(const char *name)
+/* Permissions; WRITE_UNCHANGED (2) and GRAPH_MOD (4) are not ours to use. */
+#define CONSISTENT_READ		0
+#define WRITE			1
+#define RESIZE			3
+
+#define USES(perm)		(100 + (perm))
+#define DENIES(perm)		(200 + (perm))
+
+/*
+ * What a writer takes and probes; a reader does with the first READER_LOCKS of
+ * each. Writers are probed first: who writes is in the way of everybody, and
+ * whoever only denies writing can be lived with by reading.
+ */
+static const int held[] = {
+	USES(CONSISTENT_READ), DENIES(WRITE), DENIES(RESIZE), USES(WRITE), USES(RESIZE),
+};
+
+static const int probed[ARRAY_SIZE(held)] = {
+	USES(WRITE), USES(RESIZE), DENIES(CONSISTENT_READ), DENIES(WRITE), DENIES(RESIZE),
+};
+
+#define READER_LOCKS	3
+
+static int conflict(const char *path, int byte)
 {
-	if (!strcmp(name, "raw"))
-		return QCOW_FORMAT_RAW;
-	if (!strcmp(name, "qcow2"))
-		return QCOW_FORMAT_QCOW2;
-	return 0;
+	autofree char *holder = NULL;
+	struct stat st;
+
+	if (!stat(path, &st))
+		holder = lock_holder(&st, byte);
+	if (!holder)
+		holder = xstrdup("another process, not visible here,");
+
+	if (byte == DENIES(WRITE) || byte == DENIES(RESIZE))
+		return fail(EXIT_BUSY, "%s: %s uses it and lets nobody write; close it there, or attach with --read-only",
+			    path, holder);
+	if (byte == DENIES(CONSISTENT_READ))
+		return fail(EXIT_BUSY, "%s: %s uses it and lets nobody read; close it there",
+			    path, holder);
+	return fail(EXIT_BUSY, "%s: %s has it open for writing; close it there", path, holder);
 }
 
-const char *name_of_format(int format)
+/* Take @byte, or probe it: 0, EAGAIN for a lock in the way, or another errno. */
+static int lock_byte(int fd, int byte, bool probe)
 {
-	return format == QCOW_FORMAT_RAW ? "raw" : "qcow2";
+	struct flock lock = {
+		.l_type = probe ? F_WRLCK : F_RDLCK,
+		.l_whence = SEEK_SET,
+		.l_start = byte,
+		.l_len = 1,
+	};
+
+	if (fcntl(fd, probe ? F_OFD_GETLK : F_OFD_SETLK, &lock))
+		return errno == EACCES ? EAGAIN : errno;
+	return probe && lock.l_type != F_UNLCK ? EAGAIN : 0;
 }
 
-/* The image that was opened last, behind which there may be its data file. */
-static struct chain_layer *last_image(const struct chain *chain)
+/*
+ * Lock a file as QEMU would, for one who writes it and has to be alone, or reads and
+ * shares it with readers. The locks live as long as the open file, so as long as
+ * the driver keeps it.
+ */
+static int lock_image(int fd, const char *path, bool write)
 {
-	size_t i = chain->count - 1;
+	size_t i, count = write ? ARRAY_SIZE(held) : READER_LOCKS;
+	int byte, err = 0;
 
-	while (chain->layers[i].data)
-		i--;
-	return &chain->layers[i];
+	for (i = 0; !err && i < 2 * count; i++) {
+		byte = i < count ? held[i] : probed[i - count];
+		err = lock_byte(fd, byte, i >= count);
+	}
+	if (err == EAGAIN)
+		return conflict(path, byte);
+	if (err == EINVAL || err == ENOLCK || err == ENOSYS || err == EOPNOTSUPP || err == ENOTTY)
+		return fail(EXIT_OK, "warning: %s: its file system has no locks (%s); make sure that nothing else uses the file",
+			    path, strerror(err));
+	if (err)
+		return fail(EXIT_SYSTEM, "%s: cannot lock: %s", path, strerror(err));
+	return EXIT_OK;
 }
 
 static int open_failed(const struct chain *chain, const char *path, bool write,
-		       bool data, int err)
+		       const char *what)
 {
-	const char *why = strerror(err);
+	int code = exit_of_errno(errno);
 	struct rlimit limit;
 
-	if (err == EMFILE && !getrlimit(RLIMIT_NOFILE, &limit))
-		return fail(EXIT_SYSTEM, "%s: too many open files, %zu of the chain are open already; raise the hard limit of %ju (ulimit -Hn)",
-			    path, chain->count, (uintmax_t)limit.rlim_max);
-	if (write && err == EBUSY)
-		return fail(EXIT_BUSY, "%s: the block device is in use, mounted or held; release it there",
+	if (errno == EMFILE && !getrlimit(RLIMIT_NOFILE, &limit))
+		return fail(code, "%s: too many open files, %u of the chain are open already; raise the hard limit of %ju (ulimit -Hn)",
+			    path, chain->file_count, (uintmax_t)limit.rlim_max);
+	if (write && errno == EBUSY)
+		return fail(code, "%s: the block device is in use, mounted or held; release it there",
 			    path);
-	if (write && err == ETXTBSY)
-		return lock_denied(path);
-	if (write && (err == EROFS || err == EACCES || err == EPERM))
-		return fail(exit_of_errno(err), "%s: cannot be opened for writing: %s; to attach it all the same, use --read-only",
-			    path, why);
-	if (chain->count)
-		return fail(exit_of_errno(err), "%s: %s; it is the %s file of %s",
-			    path, why, data ? "data" : "backing",
-			    last_image(chain)->path);
-	return fail(exit_of_errno(err), "%s: %s; check the image's name", path, why);
+	if (write && errno == ETXTBSY)
+		return conflict(path, DENIES(WRITE));
+	if (write && code == EXIT_DENIED)
+		return fail(code, "%s: cannot be opened for writing: %m; to attach it all the same, use --read-only",
+			    path);
+	if (chain->image)
+		return fail(code, "%s: %m; it is the %s of %s", path, what, chain->image);
+	return fail(code, "%s: %m; check the image's name", path);
 }
 
-static int open_layer(struct chain *chain, const char *path, bool write,
-		      bool data)
+/* Open a file of the chain and lock it. @what it is to chain->image, if not that. */
+static int open_file(struct chain *chain, const char *path, bool write,
+		     const char *what, int *fd)
 {
-	struct chain_layer *layer;
 	int flags = O_CLOEXEC | (write ? O_RDWR : O_RDONLY);
+	struct chain_file *files = chain->files;
+	unsigned int i, count = chain->file_count;
 	struct stat st;
-	size_t i;
-	int fd;
 
 	/* Look first: opening a FIFO would wait, opening a tape would wind it. */
 	if (stat(path, &st))
-		return open_failed(chain, path, false, data, errno);
+		return open_failed(chain, path, false, what);
 	if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
 		return fail(EXIT_REFUSED, "%s: neither a file nor a block device; name an image",
 			    path);
 	if (write && S_ISBLK(st.st_mode))
 		flags |= O_EXCL;
-	fd = open(path, flags);
-	if (fd < 0)
-		return open_failed(chain, path, write, data, errno);
-
-	chain->layers = xreallocarray(chain->layers, chain->count + 1,
-				      sizeof(*chain->layers));
-	layer = &chain->layers[chain->count++];
-	*layer = (struct chain_layer) {
-		.path = xstrdup(path), .fd = fd, .data = data,
-	};
-	if (fstat(fd, &layer->st))
-		return fail(EXIT_SYSTEM, "%s: %s", path, strerror(errno));
+	*fd = open(path, flags);
+	if (*fd < 0)
+		return open_failed(chain, path, write, what);
+	if (fstat(*fd, &st))
+		return fail(EXIT_SYSTEM, "%s: %m", path);
 
 	/* Before locking: our own locks on the file would be in the way. */
-	for (i = 0; i + 1 < chain->count; i++) {
-		if (same_file(&chain->layers[i].st, &layer->st))
+	for (i = 0; i < count; i++) {
+		if (same_file(&files[i].st, &st))
 			return fail(EXIT_REFUSED, "%s: the backing chain is a loop, this file is %s again, by way of %s; mend it with qemu-img rebase -u",
-				    path, chain->layers[i].path,
-				    chain->layers[chain->count - 2].path);
+				    path, files[i].path, files[count - 1].path);
 	}
-	return lock_image(fd, path, write);
-}
-
-/* Say that no header names the format of the last layer, and what would. */
-static int format_missing(const struct chain *chain, const char *name)
-{
-	const struct chain_layer *layer = &chain->layers[chain->count - 1];
-	const struct chain_layer *overlay = layer[-1].data ? layer - 2 : layer - 1;
-	autofree char *plain = plain_path(overlay->path);
-	autofree char *image = shell_quote(plain);
-	autofree char *backing = shell_quote(name);
-	int hint = has_qcow2_magic(layer->fd) ? QCOW_FORMAT_QCOW2 : QCOW_FORMAT_RAW;
-
-	return fail(EXIT_REFUSED, "%s: its header does not say which format its backing file has; if that is %s, run: qemu-img rebase -u -b %s -F %s %s (or use --backing-format)",
-		    overlay->path, name_of_format(hint), backing,
-		    name_of_format(hint), image);
-}
-
-/*
- * Find what the @header of the last layer leads to: *@next becomes the path of the
- * backing file, *@format its format, or 0 if nothing says.
- */
-static int follow(const struct chain *chain, const struct header *header,
-		  char **next, int *format)
-{
-	const char *path = last_image(chain)->path;
-	int declared = 0;
-	int ret;
-
-	if (header->backing_format) {
-		declared = format_of_name(header->backing_format);
-		if (!declared)
-			return fail(EXIT_REFUSED, "%s: its backing file has the format '%s'; only raw and qcow2 can be attached",
-				    path, header->backing_format);
-	}
-	ret = backing_resolve(path, "backing file", header->backing_name, next,
-			      format);
-	if (!ret && declared && *format && declared != *format)
-		return fail(EXIT_REFUSED, "%s: it calls its backing file both %s and %s; mend it with qemu-img rebase -u",
-			    path, name_of_format(declared), name_of_format(*format));
-	if (declared)
-		*format = declared;
-	return ret;
+	files = xreallocarray(files, count + 1, sizeof(*files));
+	files[count] = (struct chain_file) { .path = path, .st = st };
+	chain->files = files;
+	chain->file_count++;
+	return lock_image(*fd, path, write);
 }
 
 /* Open the data file of the last image, where @given or its header says it is. */
 static int open_data_file(struct chain *chain, const struct header *header,
 			  const char *given, bool write)
 {
-	const char *path = chain->layers[chain->count - 1].path;
-	autofree char *found = NULL;
-	int format;
-	int ret;
+	struct qcow_layer *layer = &chain->layers[chain->layer_count - 1];
+	autofree char *whose = xasprintf("%s: its data file", chain->image);
+	int format, ret = EXIT_OK;
+	char *path;
 
 	if (given && !header->has_data_file)
 		return fail(EXIT_REFUSED, "%s: has its data in itself; leave out --data-file",
-			    path);
+			    chain->image);
 	if (!header->has_data_file)
 		return EXIT_OK;
-	if (!given && (!header->data_name || !*header->data_name))
+	if (!given && !*header->data_name)
 		return fail(EXIT_REFUSED, "%s: its header does not say where its external data file is; use --data-file",
-			    path);
-	if (given)
-		return open_layer(chain, given, write, true);
-	ret = backing_resolve(path, "data file", header->data_name, &found,
-			      &format);
-	return ret ?: open_layer(chain, found, write, true);
+			    chain->image);
+	if (!given)
+		ret = backing_resolve(chain->image, whose, header->data_name, &path, &format);
+	layer->flags |= QCOW_LAYER_DATA_FILE;
+	return ret ?: open_file(chain, given ?: path, write, "data file", &layer->data_fd);
 }
 
-int chain_open(struct chain *chain, const char *image, bool read_only,
-	       const char *data_file, int backing_format)
+/* Say that no header names the format of the backing file @fd, and what would. */
+static int format_missing(const struct chain *chain, const char *name, int fd)
 {
-	struct header header = { 0 };
-	int format = QCOW_FORMAT_QCOW2;
-	char *path = xstrdup(image);
-	char *next;
-	struct rlimit limit;
+	autofree char *plain = plain_path(chain->image);
+	autofree char *image = shell_quote(plain);
+	autofree char *backing = shell_quote(name);
+	const char *hint = has_qcow2_magic(fd) ? "qcow2" : "raw";
+
+	return fail(EXIT_REFUSED, "%s: its header does not say which format its backing file has; if that is %s, run: qemu-img rebase -u -b %s -F %s %s (or use --backing-format)",
+		    chain->image, hint, backing, hint, image);
+}
+
+/*
+ * Find what the @header of the last image leads to: *@path becomes that of the
+ * backing file, *@format its format, or 0 if nothing says.
+ */
+static int follow(const struct chain *chain, const struct header *header,
+		  char **path, int *format)
+{
+	autofree char *whose = xasprintf("%s: its backing file", chain->image);
+	int declared = format_of_name(header->backing_format);
 	int ret;
 
-	*chain = (struct chain) { 0 };
+	if (*header->backing_format && !declared)
+		return format_refused(whose, header->backing_format);
+	ret = backing_resolve(chain->image, whose, header->backing_name, path, format);
+	if (!ret && declared && *format && declared != *format)
+		return fail(EXIT_REFUSED, "%s is called both %s and %s; mend it with qemu-img rebase -u",
+			    whose, name_of_format(declared), name_of_format(*format));
+	*format = declared ?: *format;
+	return ret;
+}
+
+int chain_open(struct chain *chain, const char *image)
+{
+	int fd, ret, format = QCOW_FORMAT_QCOW2;
+	bool top = true, write = !chain->read_only;
+	char *path = xstrdup(image);
+	struct header header;
+	struct rlimit limit;
+
 	/* A chain may be longer than the soft limit; nothing else runs here. */
 	if (!getrlimit(RLIMIT_NOFILE, &limit)) {
 		limit.rlim_cur = limit.rlim_max;
@@ -189,48 +231,28 @@ int chain_open(struct chain *chain, const char *image, bool read_only,
 	}
 
 	for (;;) {
-		bool top = !chain->count;
-		bool write = top && !read_only;
-
-		ret = open_layer(chain, path, write, false);
+		ret = open_file(chain, path, write, "backing file", &fd);
 		if (ret)
-			break;
+			return ret;
+		format = format ?: chain->backing_format;
 		if (!format)
-			format = backing_format;
-		if (!format) {
-			ret = format_missing(chain, header.backing_name);
-			break;
-		}
-		chain->layers[chain->count - 1].format = format;
-		header_free(&header);
+			return format_missing(chain, header.backing_name, fd);
+		chain->layers = xreallocarray(chain->layers, chain->layer_count + 1,
+					      sizeof(*chain->layers));
+		chain->layers[chain->layer_count++] = (struct qcow_layer) {
+			.fd = fd, .format = format,
+		};
+		chain->image = path;
 		if (format == QCOW_FORMAT_RAW)
-			break;
-		ret = header_read(chain->layers[chain->count - 1].fd, path, top,
-				  &header);
-		if (!ret)
-			ret = open_data_file(chain, &header,
-					     top ? data_file : NULL, write);
-		if (ret || !header.backing_name)
-			break;
-		next = NULL;
-		ret = follow(chain, &header, &next, &format);
-		free(path);
-		path = next;
+			return EXIT_OK;
+		ret = header_read(fd, path, top, &header) ?:
+		      open_data_file(chain, &header, top ? chain->data_file : NULL, write);
+		if (ret || !*header.backing_name)
+			return ret;
+		ret = follow(chain, &header, &path, &format);
 		if (ret)
-			break;
+			return ret;
+		top = false;
+		write = false;
 	}
-	header_free(&header);
-	free(path);
-	return ret;
-}
-
-void chain_close(struct chain *chain)
-{
-	size_t i;
-
-	for (i = 0; i < chain->count; i++) {
-		close(chain->layers[i].fd);
-		free(chain->layers[i].path);
-	}
-	free(chain->layers);
 }

@@ -4,16 +4,12 @@
  * qemu-img, done while we hold QEMU's locks on the image, so that nobody gets in
  * between: qemu-img itself is told to take none.
  */
-#include <errno.h>
 #include <fcntl.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "chain.h"
-#include "control.h"
-#include "util.h"
+#include "qcowctl.h"
 
 #define EXIT_NOT_FOUND	127
 
@@ -60,16 +56,14 @@ int run_program(char **argv, bool quiet)
 	return WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_SYSTEM;
 }
 
-/*
- * Run qemu-img check on an image that we have locked; @data: its external data
- * file, or NULL. Returns what it exits with.
- */
-static int run_check(const char *path, const char *data, bool repair, bool quiet)
+/* Run qemu-img check on the image of a chain. Returns what it exits with. */
+static int run_check(const struct chain *chain, bool repair, bool quiet)
 {
-	autofree char *file = file_options("file", path);
-	autofree char *data_file = data ? file_options("data-file", data) : NULL;
-	autofree char *options = xasprintf("driver=qcow2,%s%s%s", file,
-					   data ? "," : "", data ? data_file : "");
+	bool data = chain->layers[0].flags & QCOW_LAYER_DATA_FILE;
+	autofree char *file = file_options("file", chain->files[0].path);
+	autofree char *data_file = data ? file_options("data-file", chain->files[1].path) : NULL;
+	autofree char *options = xasprintf("driver=qcow2,%s%s%s", file, data ? "," : "",
+					   data_file ?: "");
 	char *argv[] = {
 		"qemu-img", "check", "--image-opts", options,
 		repair ? "-r" : NULL, "all", NULL
@@ -92,11 +86,12 @@ static int read_marks(int fd)
 	return start[79] & (MARK_DIRTY | MARK_CORRUPT);
 }
 
-int repair_dirty(int fd, const char *path, const char *data, bool refuse)
+int repair_dirty(const struct chain *chain, bool refuse)
 {
+	const char *path = chain->files[0].path;
 	autofree char *plain = plain_path(path);
 	autofree char *word = shell_quote(plain);
-	int status;
+	int fd = chain->layers[0].fd, status;
 
 	/* Damage is not for us to mend unasked: the driver refuses the image. */
 	if (read_marks(fd) != MARK_DIRTY)
@@ -104,31 +99,28 @@ int repair_dirty(int fd, const char *path, const char *data, bool refuse)
 	if (refuse)
 		return fail(EXIT_REFUSED, "%s: is marked dirty, it was not closed cleanly; leave out --no-repair, run qemu-img check -f qcow2 -r all %s, or use --read-only",
 			    path, word);
-	warn("%s: is marked dirty, it was not closed cleanly; repairing it with qemu-img check -r all",
+	fail(EXIT_OK, "warning: %s: is marked dirty, it was not closed cleanly; repairing it with qemu-img check -r all",
 	     path);
-	status = run_check(path, data, true, true);
+	status = run_check(chain, true, true);
 	if (status == EXIT_NOT_FOUND)
 		return fail(EXIT_REFUSED, "%s: there is no qemu-img to repair it; install qemu-utils, or run elsewhere: qemu-img check -f qcow2 -r all %s",
 			    path, word);
 	if (status != CHECK_CLEAN || read_marks(fd))
 		return fail(EXIT_REFUSED, "%s: cannot be repaired; see what qemu-img check -f qcow2 -r all %s says, or use --read-only",
 			    path, word);
-	warn("%s: repaired", path);
-	return EXIT_OK;
+	return fail(EXIT_OK, "warning: %s: repaired", path);
 }
 
 /* The image of an attached device, if it may be looked at. */
 static int image_of_device(int index, bool repair, char **path)
 {
-	autofree char *dir = xasprintf("/sys/block/qcow%d/qcow", index);
-	autofree char *image = xasprintf("%s/image", dir);
-	autofree char *read_only = xasprintf("%s/read_only", dir);
+	autofree char *image = xasprintf("/sys/block/qcow%d/qcow/image", index);
+	autofree char *read_only = xasprintf("/sys/block/qcow%d/qcow/read_only", index);
 	autofree char *value = read_line(read_only);
 
 	*path = read_line(image);
 	if (!*path || !value)
-		return fail(EXIT_ABSENT, "/dev/qcow%d: not attached; see qcowctl list",
-			    index);
+		return not_attached(xasprintf("/dev/qcow%d", index));
 	if (repair || strcmp(value, "1"))
 		return fail(EXIT_BUSY, "/dev/qcow%d: %s; detach it, and check %s",
 			    index, repair ? "cannot be repaired while it is attached" :
@@ -137,33 +129,27 @@ static int image_of_device(int index, bool repair, char **path)
 	return EXIT_OK;
 }
 
-enum { REPAIR };
+enum { REPAIR, OPTIONS };
 
-static const struct option_help option_help[] = {
+static const struct option_help options[OPTIONS + 1] = {
 	[REPAIR] = { 'r', "repair", NULL, "mend what is wrong; not of a DEVICE" },
 };
 
-static int check(const char * const *options, int count, char **operands)
+static int check(const char * const *values, char **operands)
 {
-	bool repair = options[REPAIR];
+	bool repair = values[REPAIR];
+	/* Backing files are not looked at, and what they are does not matter. */
+	struct chain chain = { .read_only = !repair, .backing_format = QCOW_FORMAT_RAW };
 	int index = device_number(operands[0]);
-	struct chain chain = { 0 };
-	const char *data = NULL;
 	char *path = operands[0];
 	int ret = EXIT_OK;
 
-	(void)count;
 	if (index >= 0)
 		ret = image_of_device(index, repair, &path);
-	/* Backing files are not looked at, and what they are does not matter. */
-	if (!ret)
-		ret = chain_open(&chain, path, !repair, NULL, QCOW_FORMAT_RAW);
+	ret = ret ?: chain_open(&chain, path);
 	if (ret)
 		return ret;
-	if (chain.count > 1 && chain.layers[1].data)
-		data = chain.layers[1].path;
-
-	switch (run_check(path, data, repair, false)) {
+	switch (run_check(&chain, repair, false)) {
 	case CHECK_CLEAN:
 		return EXIT_OK;
 	case CHECK_ERRORS:
@@ -177,8 +163,7 @@ static int check(const char * const *options, int count, char **operands)
 		return fail(EXIT_SYSTEM, "%s: cannot run qemu-img, which checks images; install qemu-utils",
 			    path);
 	default:
-		return fail(EXIT_SYSTEM, "%s: qemu-img could not check it; see above",
-			    path);
+		return fail(EXIT_SYSTEM, "%s: qemu-img could not check it; see above", path);
 	}
 }
 
@@ -186,9 +171,7 @@ const struct command check_command = {
 	.name = "check",
 	.operands = "IMAGE|DEVICE",
 	.summary = "Look for errors in an image's metadata, with qemu-img check.",
-	.options = option_help,
-	.option_count = ARRAY_SIZE(option_help),
-	.min = 1,
-	.max = 1,
+	.options = options,
+	.min = 1, .max = 1,
 	.run = check,
 };

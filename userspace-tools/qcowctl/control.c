@@ -1,170 +1,155 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Calls on /dev/qcow-control that only ask, and names of devices.
+ * Calls on /dev/qcow-control, and names of devices and of what their options say.
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/sysmacros.h>
-#include <unistd.h>
 
-#include "control.h"
-#include "util.h"
+#include "qcowctl.h"
 
 #define CONTROL_NODE	"/dev/" QCOW_CONTROL_NAME
 
-int control_open(bool change)
-{
-	int fd = open(CONTROL_NODE, (change ? O_RDWR : O_RDONLY) | O_CLOEXEC);
+const char * const discard_names[3] = {
+	[QCOW_DISCARD_UNMAP] = "unmap",
+	[QCOW_DISCARD_IGNORE] = "ignore",
+	[QCOW_DISCARD_KEEP] = "keep",
+};
 
-	return fd < 0 ? -errno : fd;
+static int control = -1;
+
+int format_of_name(const char *name)
+{
+	if (!strcmp(name, "raw"))
+		return QCOW_FORMAT_RAW;
+	return strcmp(name, "qcow2") ? 0 : QCOW_FORMAT_QCOW2;
 }
 
-int control_error(int err)
+const char *name_of_format(int format)
 {
-	switch (err) {
-	case ENOENT:
-	case ENODEV:
-	case ENXIO:
-		return fail(EXIT_DENIED, CONTROL_NODE ": %s; is the module loaded? modprobe qcow",
-			    strerror(err));
-	case EPERM:
-	case EACCES:
-		return fail(EXIT_DENIED, CONTROL_NODE ": %s; you must be root",
-			    strerror(err));
-	case ENOTTY:
-	case E2BIG:
-		return fail(EXIT_DENIED, CONTROL_NODE ": %s; the module does not fit this qcowctl, see qcowctl version",
-			    strerror(err));
-	default:
-		return fail(EXIT_SYSTEM, CONTROL_NODE ": %s", strerror(err));
-	}
+	return format == QCOW_FORMAT_RAW ? "raw" : "qcow2";
 }
 
-int control_list(int control, int **indices, size_t *count)
+bool control_open(void)
 {
-	__s32 batch[64];
-	struct qcow_list list = {
-		.size = sizeof(list),
-		.indices = (uintptr_t)batch,
-	};
-	__u32 i;
+	if (control < 0)
+		control = open(CONTROL_NODE, O_RDWR | O_CLOEXEC);
+	return control >= 0;
+}
 
-	*indices = NULL;
-	*count = 0;
+int control_error(void)
+{
+	if (errno == ENOENT || errno == ENODEV || errno == ENXIO)
+		return fail(EXIT_DENIED, CONTROL_NODE ": %m; is the module loaded? modprobe qcow");
+	if (errno == EPERM || errno == EACCES)
+		return fail(EXIT_DENIED, CONTROL_NODE ": %m; you must be root");
+	if (errno == ENOTTY || errno == E2BIG)
+		return fail(EXIT_DENIED, CONTROL_NODE ": %m; the module does not fit this qcowctl, see qcowctl version");
+	return fail(EXIT_SYSTEM, CONTROL_NODE ": %m");
+}
+
+int control_call(unsigned int request, void *call)
+{
+	return ioctl(control, request, call) ? errno : 0;
+}
+
+int *control_list(void)
+{
+	struct qcow_list call = { .size = sizeof(call) };
+	int *indices = NULL;
+	size_t count = 0;
+
 	do {
-		list.count = ARRAY_SIZE(batch);
-		if (ioctl(control, QCOW_CTL_LIST, &list)) {
-			free(*indices);
-			*indices = NULL;
-			return -errno;
+		call.count = 64;
+		indices = xreallocarray(indices, count + call.count + 1, sizeof(*indices));
+		call.indices = (uintptr_t)(indices + count);
+		if (control_call(QCOW_CTL_LIST, &call)) {
+			free(indices);
+			return NULL;
 		}
-		*indices = xreallocarray(*indices, *count + list.count,
-					 sizeof(**indices));
-		for (i = 0; i < list.count && i < ARRAY_SIZE(batch); i++)
-			(*indices)[(*count)++] = batch[i];
-	} while (list.cursor >= 0);
-	return 0;
+		count += call.count;
+	} while (call.cursor >= 0);
+	indices[count] = -1;
+	return indices;
 }
 
-int control_status(int control, int index, struct qcow_status *status)
+const char *control_layer(int index, unsigned int layer, struct qcow_layer_status *status)
 {
-	*status = (struct qcow_status) {
-		.size = sizeof(*status),
-		.index = index,
-	};
-	if (!ioctl(control, QCOW_CTL_STATUS, status))
-		return 0;
-	return errno == ENXIO || errno == ENOENT ? -ENODEV : -errno;
-}
+	static char path[16 * PATH_MAX];	/* the kernel's own limit is lower */
 
-int control_layer(int control, int index, unsigned int layer,
-		  struct qcow_layer_status *status, char **path)
-{
-	const size_t size = 16 * PATH_MAX;	/* the kernel's own limit is lower */
-
-	*path = xreallocarray(NULL, size, 1);
 	*status = (struct qcow_layer_status) {
 		.size = sizeof(*status),
 		.index = index,
 		.layer = layer,
-		.path_size = size,
-		.path = (uintptr_t)*path,
+		.path_size = sizeof(path),
+		.path = (uintptr_t)path,
 	};
-	if (!ioctl(control, QCOW_CTL_LAYER, status))
-		return 0;
-	free(*path);
-	*path = NULL;
-	return -errno;
+	return control_call(QCOW_CTL_LAYER, status) ? NULL : path;
 }
 
-static bool is_file(const char *layer_path, const struct stat *st,
-		    const char *path)
+/* Is a layer of the device, its image or any, @st, or named @path? */
+static bool has_file(int index, const struct stat *st, const char *path, bool any_layer)
 {
+	struct qcow_layer_status status;
 	struct stat layer_st;
+	const char *layer;
+	unsigned int i;
 
-	if (!stat(layer_path, &layer_st))
-		return same_file(&layer_st, st);
-	return path && !strcmp(layer_path, path);
+	/* The device may go away meanwhile: an error ends its chain. */
+	for (i = 0; !i || any_layer; i++) {
+		layer = control_layer(index, i, &status);
+		if (!layer)
+			return false;
+		if (stat(layer, &layer_st) ? path && !strcmp(layer, path) :
+					     same_file(&layer_st, st))
+			return true;
+	}
+	return false;
 }
 
-int control_find(int control, const struct stat *st, const char *path,
-		 bool any_layer, int **indices, size_t *count)
+int *control_find(const struct stat *st, const char *path, bool any_layer)
 {
 	autofree char *real = path ? realpath(path, NULL) : NULL;
-	const char *wanted = real ? real : path;
-	struct qcow_layer_status status;
-	size_t all, i, n = 0;
-	unsigned int layer;
-	bool found;
-	int ret;
+	int *indices = control_list();
+	int *in, *out = indices;
 
-	ret = control_list(control, indices, &all);
-	for (i = 0; !ret && i < all; i++) {
-		found = false;
-		/* A device may go away meanwhile: an error ends its chain. */
-		for (layer = 0; !found && (any_layer || !layer); layer++) {
-			autofree char *layer_path = NULL;
-
-			if (control_layer(control, (*indices)[i], layer, &status,
-					  &layer_path))
-				break;
-			found = is_file(layer_path, st, wanted);
-		}
-		if (found)
-			(*indices)[n++] = (*indices)[i];
+	for (in = indices; in && *in >= 0; in++) {
+		if (has_file(*in, st, real ?: path, any_layer))
+			*out++ = *in;
 	}
-	*count = n;
-	return ret;
+	if (indices)
+		*out = -1;
+	return indices;
 }
 
 /* The number in "qcow7", or -1. */
 static int number_of_name(const char *name)
 {
-	uint64_t number;
+	int number;
 
-	if (strncmp(name, "qcow", 4) || !parse_number(name + 4, INT_MAX, &number))
-		return -1;
-	return number;
+	return !strncmp(name, "qcow", 4) && parse_number(name + 4, &number) ? number : -1;
 }
 
 int device_number(const char *name)
 {
 	autofree char *link = NULL, *target = NULL;
-	uint64_t number;
 	struct stat st;
 	int index;
 
-	if (parse_number(name, INT_MAX, &number))
-		return number;
+	if (parse_number(name, &index))
+		return index;
 	index = number_of_name(!strncmp(name, "/dev/", 5) ? name + 5 : name);
 	if (index >= 0 || stat(name, &st) || !S_ISBLK(st.st_mode))
 		return index;
-	link = xasprintf("/sys/dev/block/%u:%u", major(st.st_rdev),
-			 minor(st.st_rdev));
+	link = xasprintf("/sys/dev/block/%u:%u", major(st.st_rdev), minor(st.st_rdev));
 	target = realpath(link, NULL);
 	return target ? number_of_name(strrchr(target, '/') + 1) : -1;
+}
+
+int not_attached(const char *name)
+{
+	return fail(EXIT_ABSENT, "%s: not attached; see qcowctl list", name);
 }

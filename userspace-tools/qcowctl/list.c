@@ -4,10 +4,8 @@
  * a JSON object, and show that: as it is, as a line of a table, or as lines. Info
  * of a file is left to qemu-img info, which knows every format.
  */
-#include <ctype.h>
 #include <errno.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <strings.h>
 #include <unistd.h>
@@ -15,41 +13,33 @@
 #include <json-c/json.h>
 #include <libsmartcols.h>
 
-#include "chain.h"
-#include "control.h"
-#include "util.h"
+#include "qcowctl.h"
 
-enum { OUTPUT, NOHEADINGS, BYTES_ONLY, LIST_JSON };
+enum { OUTPUT, NOHEADINGS, BYTES_ONLY, LIST_JSON, LIST_OPTIONS };
 
-static const struct option_help list_options[] = {
+static const struct option_help list_options[LIST_OPTIONS + 1] = {
 	[OUTPUT] = { 'o', "output", "COLUMNS", "with commas; +COLUMNS adds to the usual ones" },
 	[NOHEADINGS] = { 'n', "noheadings", NULL, "no line of headings" },
 	[BYTES_ONLY] = { 'b', "bytes", NULL, "sizes in bytes" },
 	[LIST_JSON] = { 'J', "json", NULL, "{\"devices\": [...]}, sizes in bytes" },
 };
 
-enum { INFO_JSON, FORCE_SHARE };
+enum { INFO_JSON, FORCE_SHARE, INFO_OPTIONS };
 
-static const struct option_help info_options[] = {
+static const struct option_help info_options[INFO_OPTIONS + 1] = {
 	[INFO_JSON] = { 'J', "json", NULL, "as JSON, sizes in bytes" },
 	[FORCE_SHARE] = { 'U', "force-share", NULL, "of a file even while it is written" },
 };
 
-#define DEFAULT_COLUMNS	"name,size,ro,depth,state,image"
+#define DEFAULT_COLUMNS	"NAME,SIZE,RO,DEPTH,STATE,IMAGE"
 
-/* What list can show: the keys of a device's JSON object. */
+/* What list can show. In lower case, these are the keys of a device's JSON object. */
 static const char * const columns[] = {
-	"name", "size", "ro", "depth", "state", "image", "maj:min", "io", "discard",
-	"version", "cluster", "refbits", "openers", "cache", "cache-limit",
-	"cache-hits", "cache-misses", "reads", "writes", "discards", "zeroes",
-	"flushes", "errors", "allocated", "freed",
+	"NAME", "SIZE", "RO", "DEPTH", "STATE", "IMAGE", "MAJ:MIN", "IO", "DISCARD",
+	"VERSION", "CLUSTER", "REFBITS", "OPENERS", "CACHE", "CACHE-LIMIT",
+	"CACHE-HITS", "CACHE-MISSES", "READS", "WRITES", "DISCARDS", "ZEROES",
+	"FLUSHES", "ERRORS", "ALLOCATED", "FREED",
 };
-
-static bool is_size(const char *key)
-{
-	return !strcmp(key, "size") || !strcmp(key, "cluster") ||
-	       !strcmp(key, "cache") || !strcmp(key, "cache-limit");
-}
 
 static void add_text(struct json_object *object, const char *key, const char *text)
 {
@@ -61,66 +51,42 @@ static void add_number(struct json_object *object, const char *key, uint64_t num
 	json_object_object_add(object, key, json_object_new_uint64(number));
 }
 
-static const char *io_name(bool direct)
+static struct json_object *load_layer(int index, unsigned int layer)
 {
-	return direct ? "direct" : "buffered";
-}
-
-static const char *discard_name(unsigned int discard)
-{
-	static const char * const names[] = {
-		[QCOW_DISCARD_UNMAP] = "unmap",
-		[QCOW_DISCARD_IGNORE] = "ignore",
-		[QCOW_DISCARD_KEEP] = "keep",
-	};
-
-	return discard < ARRAY_SIZE(names) ? names[discard] : "unknown";
-}
-
-static char *state_name(unsigned int flags)
-{
-	char *state = NULL;
-
-	if (flags & QCOW_STATUS_FAILED)
-		list_append(&state, "failed");
-	if (flags & QCOW_STATUS_CORRUPT)
-		list_append(&state, "corrupt");
-	if (flags & QCOW_STATUS_DETACHING)
-		list_append(&state, "detaching");
-	return state ? state : xstrdup("ok");
-}
-
-static int load_layer(int control, int index, unsigned int layer,
-		      struct json_object **object)
-{
+	struct json_object *object = NULL;
 	struct qcow_layer_status status;
-	autofree char *path = NULL;
-	int ret;
+	const char *path = control_layer(index, layer, &status);
 
-	ret = control_layer(control, index, layer, &status, &path);
-	if (ret)
-		return ret;
-	*object = json_object_new_object();
-	add_text(*object, "path", path);
-	add_text(*object, "format", name_of_format(status.format));
-	add_number(*object, "size", status.virtual_size);
-	add_text(*object, "io", io_name(status.direct));
+	if (!path)
+		return NULL;
+	object = json_object_new_object();
+	add_text(object, "path", path);
+	add_text(object, "format", name_of_format(status.format));
+	add_number(object, "size", status.virtual_size);
+	add_text(object, "io", status.direct ? "direct" : "buffered");
 	if (status.format == QCOW_FORMAT_QCOW2) {
-		add_number(*object, "version", status.version);
-		add_number(*object, "cluster", status.cluster_size);
+		add_number(object, "version", status.version);
+		add_number(object, "cluster", status.cluster_size);
 	}
-	return 0;
+	return object;
 }
 
 static void add_status(struct json_object *object, const struct qcow_status *s)
 {
-	autofree char *state = state_name(s->flags);
+	autofree char *state = NULL;
 
+	if (s->flags & QCOW_STATUS_FAILED)
+		list_append(&state, "failed");
+	if (s->flags & QCOW_STATUS_CORRUPT)
+		list_append(&state, "corrupt");
+	if (s->flags & QCOW_STATUS_DETACHING)
+		list_append(&state, "detaching");
 	json_object_object_add(object, "ro",
 			       json_object_new_boolean(s->flags & QCOW_STATUS_READ_ONLY));
-	add_text(object, "state", state);
-	add_text(object, "io", io_name(s->flags & QCOW_STATUS_DIRECT));
-	add_text(object, "discard", discard_name(s->discard));
+	add_text(object, "state", state ?: "ok");
+	add_text(object, "io", s->flags & QCOW_STATUS_DIRECT ? "direct" : "buffered");
+	add_text(object, "discard", s->discard < ARRAY_SIZE(discard_names) ?
+		 discard_names[s->discard] : "unknown");
 	add_number(object, "size", s->virtual_size);
 	add_number(object, "depth", s->layer_count);
 	add_number(object, "version", s->version);
@@ -141,67 +107,67 @@ static void add_status(struct json_object *object, const struct qcow_status *s)
 	add_number(object, "freed", s->clusters_freed);
 }
 
-/* Everything about a device, its chain as an array. -ENODEV if it is gone. */
-static int load_device(int control, int index, struct json_object **device)
+/*
+ * Everything about a device, its chain as an array. NULL with errno otherwise, which
+ * is ENODEV if the device is gone.
+ */
+static struct json_object *load_device(int index)
 {
-	struct json_object *object = json_object_new_object();
-	struct json_object *chain = json_object_new_array();
-	struct json_object *layer;
-	struct qcow_status status;
+	struct qcow_status status = { .size = sizeof(status), .index = index };
 	autofree char *name = xasprintf("/dev/qcow%d", index);
 	autofree char *path = xasprintf("/sys/block/qcow%d/dev", index);
 	autofree char *numbers = read_line(path);
+	struct json_object *device, *chain, *layer;
 	unsigned int i;
-	int ret;
 
-	ret = control_status(control, index, &status);
-	for (i = 0; !ret && i < status.layer_count; i++) {
-		ret = load_layer(control, index, i, &layer);
-		if (!ret)
-			json_object_array_add(chain, layer);
+	if (control_call(QCOW_CTL_STATUS, &status))
+		return NULL;
+	device = json_object_new_object();
+	chain = json_object_new_array();
+	for (i = 0; i < status.layer_count; i++) {
+		layer = load_layer(index, i);
+		if (!layer) {
+			/* Another device has the number now. */
+			if (errno == ENOENT)
+				errno = ENODEV;
+			return NULL;
+		}
+		json_object_array_add(chain, layer);
 	}
 	layer = json_object_array_get_idx(chain, 0);
-	if (ret || !layer) {
-		json_object_put(chain);
-		json_object_put(object);
-		return ret && ret != -ENOENT ? ret : -ENODEV;
-	}
-
-	add_text(object, "name", name);
-	add_text(object, "maj:min", numbers ? numbers : "");
-	json_object_object_add(object, "image",
+	add_text(device, "name", name);
+	add_text(device, "maj:min", numbers ?: "");
+	json_object_object_add(device, "image",
 			       json_object_get(json_object_object_get(layer, "path")));
-	add_status(object, &status);
-	json_object_object_add(object, "chain", chain);
-	*device = object;
-	return 0;
+	add_status(device, &status);
+	json_object_object_add(device, "chain", chain);
+	return device;
 }
 
-static void print_json(struct json_object *object)
+/* @bytes as people write it: 512, 64K, 1.5G. */
+static char *human_size(uint64_t bytes)
 {
-	puts(json_object_to_json_string_ext(object, JSON_C_TO_STRING_PRETTY |
-					    JSON_C_TO_STRING_SPACED |
-					    JSON_C_TO_STRING_NOSLASHESCAPE));
+	static const char suffixes[] = "\0KMGTPE";
+	unsigned int i = 0, tenths = 0;
+	uint64_t whole = bytes;
+
+	/* The tenths of the part below the unit, rounded down. */
+	for (; whole > 1023; whole >>= 10, i++)
+		tenths = (whole & 1023) * 10 >> 10;
+	if (tenths)
+		return xasprintf("%ju.%u%c", (uintmax_t)whole, tenths, suffixes[i]);
+	return xasprintf("%ju%.1s", (uintmax_t)whole, suffixes + i);
 }
 
-/* The value of @key as people read it. To be freed. */
+/* The value of @key as people read it. */
 static char *show(const char *key, struct json_object *value, bool bytes)
 {
 	if (json_object_is_type(value, json_type_boolean))
 		return xstrdup(json_object_get_boolean(value) ? "yes" : "no");
-	if (is_size(key) && !bytes)
+	if (!bytes && (!strcmp(key, "size") || !strcmp(key, "cluster") ||
+		       !strcmp(key, "cache") || !strcmp(key, "cache-limit")))
 		return human_size(json_object_get_uint64(value));
 	return xstrdup(json_object_get_string(value));
-}
-
-static char *heading(const char *name)
-{
-	char *upper = xstrdup(name);
-	char *c;
-
-	for (c = upper; *c; c++)
-		*c = toupper((unsigned char)*c);
-	return upper;
 }
 
 static void list_help(void)
@@ -209,24 +175,19 @@ static void list_help(void)
 	size_t i;
 
 	printf("\nColumns:");
-	for (i = 0; i < ARRAY_SIZE(columns); i++) {
-		autofree char *name = heading(columns[i]);
-
-		printf("%s%s%s", i ? "," : "", i % 8 ? " " : "\n  ", name);
-	}
+	for (i = 0; i < ARRAY_SIZE(columns); i++)
+		printf("%s%s%s", i ? "," : "", i % 8 ? " " : "\n  ", columns[i]);
 	puts("");
 }
 
-/* Split @names; *@shown gets their entries of columns[], to be freed. */
-static int choose_columns(const char *names, const char ***shown, size_t *count)
+/* Make a column of each of @names, "+A,B" or "A,B". */
+static int add_columns(struct libscols_table *table, const char *names)
 {
 	bool more = *names == '+';
 	autofree char *list = xasprintf("%s%s", more ? DEFAULT_COLUMNS "," : "", names + more);
 	char *rest = list, *name;
 	size_t i;
 
-	*shown = NULL;
-	*count = 0;
 	while ((name = strsep(&rest, ","))) {
 		for (i = 0; i < ARRAY_SIZE(columns); i++) {
 			if (!strcasecmp(columns[i], name))
@@ -235,112 +196,67 @@ static int choose_columns(const char *names, const char ***shown, size_t *count)
 		if (i == ARRAY_SIZE(columns))
 			return fail(EXIT_USAGE, "list: no column '%s'; the columns are in qcowctl list --help",
 				    name);
-		*shown = xreallocarray(*shown, *count + 1, sizeof(**shown));
-		(*shown)[(*count)++] = columns[i];
+		if (!scols_table_new_column(table, columns[i], 0, 0))
+			out_of_memory();
 	}
 	return EXIT_OK;
 }
 
-/* Copies of the devices with the chosen columns only, in their order. */
-static struct json_object *select_columns(struct json_object *devices,
-					  const char **shown, size_t count)
+static void add_line(struct libscols_table *table, struct json_object *device, bool bytes)
 {
-	struct json_object *selected = json_object_new_array();
-	struct json_object *device, *object, *value;
-	size_t i, j;
-
-	for (i = 0; i < json_object_array_length(devices); i++) {
-		device = json_object_array_get_idx(devices, i);
-		object = json_object_new_object();
-		for (j = 0; j < count; j++) {
-			value = json_object_object_get(device, shown[j]);
-			json_object_object_add(object, shown[j],
-					       json_object_get(value));
-		}
-		json_object_array_add(selected, object);
-	}
-	return selected;
-}
-
-/* Return 0, or nonzero where memory ran out. */
-static int print_table(struct json_object *devices, const char **shown, size_t count,
-		       bool noheadings, bool bytes)
-{
-	struct libscols_table *table = scols_new_table();
-	struct json_object *device, *value;
+	struct libscols_line *line = scols_table_new_line(table, NULL);
 	struct libscols_column *column;
-	struct libscols_line *line;
-	int ret = !table;
-	size_t i, j;
+	size_t i;
 
-	for (j = 0; !ret && j < count; j++) {
-		autofree char *name = heading(shown[j]);
-
-		ret = !scols_table_new_column(table, name, 0, 0);
-	}
-	for (i = 0; !ret && i < json_object_array_length(devices); i++) {
-		device = json_object_array_get_idx(devices, i);
-		line = scols_table_new_line(table, NULL);
-		ret = !line;
-		for (j = 0; !ret && j < count; j++) {
-			value = json_object_object_get(device, shown[j]);
-			column = scols_table_get_column(table, j);
-			if (json_object_is_type(value, json_type_int))
+	for (i = 0; i < scols_table_get_ncols(table); i++) {
+		column = scols_table_get_column(table, i);
+		json_object_object_foreach(device, key, value) {
+			if (strcasecmp(key, scols_column_get_name(column)))
+				continue;
+			if (json_object_is_type(value, json_type_int)) {
 				scols_column_set_flags(column, SCOLS_FL_RIGHT);
-			ret = scols_line_refer_data(line, j, show(shown[j], value, bytes));
+				scols_column_set_json_type(column, SCOLS_JSON_NUMBER);
+			} else if (json_object_is_type(value, json_type_boolean)) {
+				scols_column_set_json_type(column, SCOLS_JSON_BOOLEAN);
+			}
+			if (scols_line_refer_data(line, i, show(key, value, bytes)))
+				out_of_memory();
 		}
 	}
-	if (!ret) {
-		scols_table_enable_noheadings(table, noheadings);
-		ret = scols_print_table(table);
-	}
-	scols_unref_table(table);
-	return ret;
 }
 
-static int list(const char * const *options, int count, char **operands)
+static int list(const char * const *values, char **operands)
 {
-	const char *names = options[OUTPUT] ? options[OUTPUT] : DEFAULT_COLUMNS;
-	struct json_object *devices, *root, *device;
-	autofree const char **shown = NULL;
+	bool bytes = values[BYTES_ONLY] || values[LIST_JSON];
+	struct libscols_table *table = scols_new_table();
 	autofree int *indices = NULL;
-	size_t columns_shown, all, i;
-	int control, ret;
+	struct json_object *device;
+	size_t i;
+	int ret;
 
-	(void)count;
 	(void)operands;
-	ret = choose_columns(names, &shown, &columns_shown);
+	if (!table)
+		out_of_memory();
+	scols_table_set_name(table, "devices");
+	scols_table_enable_json(table, !!values[LIST_JSON]);
+	scols_table_enable_noheadings(table, !!values[NOHEADINGS]);
+	ret = add_columns(table, values[OUTPUT] ?: DEFAULT_COLUMNS);
 	if (ret)
 		return ret;
-	control = control_open(false);
-	if (control < 0)
-		return control_error(-control);
-	devices = json_object_new_array();
-	ret = control_list(control, &indices, &all);
-	for (i = 0; !ret && i < all; i++) {
-		ret = load_device(control, indices[i], &device);
-		if (!ret)
-			json_object_array_add(devices, device);
-		else if (ret == -ENODEV)	/* detached meanwhile */
-			ret = 0;
+	indices = control_open() ? control_list() : NULL;
+	if (!indices)
+		return control_error();
+	for (i = 0; indices[i] >= 0; i++) {
+		device = load_device(indices[i]);
+		if (device)
+			add_line(table, device, bytes);
+		else if (errno != ENODEV)	/* detached meanwhile */
+			return control_error();
+		json_object_put(device);
 	}
-	close(control);
-
-	if (ret) {
-		ret = control_error(-ret);
-	} else if (options[LIST_JSON]) {
-		root = json_object_new_object();
-		json_object_object_add(root, "devices",
-				       select_columns(devices, shown, columns_shown));
-		print_json(root);
-		json_object_put(root);
-	} else if (json_object_array_length(devices) &&
-		   print_table(devices, shown, columns_shown,
-			       options[NOHEADINGS], options[BYTES_ONLY])) {
-		ret = fail(EXIT_SYSTEM, "list: the table cannot be made: out of memory; try --json");
-	}
-	json_object_put(devices);
-	return ret;
+	if (scols_print_table(table))
+		out_of_memory();
+	return EXIT_OK;
 }
 
 const struct command list_command = {
@@ -348,26 +264,24 @@ const struct command list_command = {
 	.operands = "",
 	.summary = "List the attached devices; where there are none, print nothing.",
 	.options = list_options,
-	.option_count = ARRAY_SIZE(list_options),
 	.more_help = list_help,
 	.run = list,
 };
 
 static int exec_qemu_img(const char *file, bool json, bool force_share)
 {
-	autofree char *path = plain_path(file);
 	char *argv[] = {
 		"qemu-img", "info", json ? "--output=json" : "--output=human",
-		force_share ? "-U" : "--", path, NULL
+		force_share ? "-U" : "--", plain_path(file), NULL
 	};
 	struct stat st;
 
 	if (stat(file, &st))
-		return fail(exit_of_errno(errno), "%s: %s; name a device or a file, see qcowctl list",
-			    file, strerror(errno));
+		return fail(exit_of_errno(errno), "%s: %m; name a device or a file, see qcowctl list",
+			    file);
 	execvp(argv[0], argv);
-	return fail(EXIT_SYSTEM, "%s: cannot run qemu-img, which reads files: %s; install qemu-utils",
-		    file, strerror(errno));
+	return fail(EXIT_SYSTEM, "%s: cannot run qemu-img, which reads files: %m; install qemu-utils",
+		    file);
 }
 
 /* One line a value, those of the chain's files below it. */
@@ -392,38 +306,26 @@ static void print_lines(struct json_object *object, const char *indent)
 	}
 }
 
-static int show_device(int index, bool json)
-{
-	int control = control_open(false);
-	struct json_object *device;
-	int ret;
-
-	if (control < 0)
-		return control_error(-control);
-	ret = load_device(control, index, &device);
-	close(control);
-	if (ret == -ENODEV)
-		return fail(EXIT_ABSENT, "/dev/qcow%d: not attached; see qcowctl list",
-			    index);
-	if (ret)
-		return control_error(-ret);
-	if (json)
-		print_json(device);
-	else
-		print_lines(device, "");
-	json_object_put(device);
-	return EXIT_OK;
-}
-
-static int info(const char * const *options, int count, char **operands)
+static int info(const char * const *values, char **operands)
 {
 	int index = device_number(operands[0]);
+	struct json_object *device;
 
-	(void)count;
 	if (index < 0)
-		return exec_qemu_img(operands[0], options[INFO_JSON],
-				     options[FORCE_SHARE]);
-	return show_device(index, options[INFO_JSON]);
+		return exec_qemu_img(operands[0], values[INFO_JSON], values[FORCE_SHARE]);
+	if (!control_open())
+		return control_error();
+	device = load_device(index);
+	if (!device)
+		return errno == ENODEV ? not_attached(xasprintf("/dev/qcow%d", index)) :
+					 control_error();
+	if (values[INFO_JSON])
+		puts(json_object_to_json_string_ext(device, JSON_C_TO_STRING_PRETTY |
+						    JSON_C_TO_STRING_SPACED |
+						    JSON_C_TO_STRING_NOSLASHESCAPE));
+	else
+		print_lines(device, "");
+	return EXIT_OK;
 }
 
 const struct command info_command = {
@@ -431,8 +333,6 @@ const struct command info_command = {
 	.operands = "DEVICE|FILE",
 	.summary = "Show a device with its chain, or what qemu-img info says of a file.",
 	.options = info_options,
-	.option_count = ARRAY_SIZE(info_options),
-	.min = 1,
-	.max = 1,
+	.min = 1, .max = 1,
 	.run = info,
 };

@@ -3,30 +3,22 @@
  * qcowctl: attaches QCOW2 images as block devices /dev/qcowN, with the qcow
  * kernel module. This file picks the command and reads its options.
  */
-#include <errno.h>
 #include <getopt.h>
 #include <locale.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#include "util.h"
+#include "qcowctl.h"
 
-static int version(const char * const *options, int count, char **operands)
+static int version(const char * const *values, char **operands)
 {
 	autofree char *module = read_line("/sys/module/qcow/version");
+	bool loaded = !access("/sys/module/qcow", F_OK);
 
-	(void)options;
-	(void)count;
+	(void)values;
 	(void)operands;
-	printf("qcowctl %s\n", VERSION);
-	if (module)
-		printf("module %s\n", module);
-	else if (!access("/sys/module/qcow", F_OK))
-		puts("module unknown");
-	else
-		puts("module not loaded");
+	printf("qcowctl %s\nmodule %s\n", VERSION, module ?: loaded ? "unknown" : "not loaded");
 	return EXIT_OK;
 }
 
@@ -34,6 +26,7 @@ static const struct command version_command = {
 	.name = "version",
 	.operands = "",
 	.summary = "Show the versions of this program and of the loaded module.",
+	.options = &(struct option_help) { 0 },
 	.run = version,
 };
 
@@ -44,14 +37,6 @@ static const struct command * const commands[] = {
 
 static int help(void)
 {
-	static const struct {
-		int code;
-		const char *text;
-	} exits[] = {
-#define X(name, code, text)	{ code, text },
-		QCOWCTL_EXITS(X)
-#undef X
-	};
 	size_t i;
 
 	puts("Usage: qcowctl COMMAND [options]\n"
@@ -63,26 +48,31 @@ static int help(void)
 	puts("\n"
 	     "qcowctl COMMAND --help shows a command's options, qcowctl(8) explains them.\n"
 	     "\n"
-	     "Exit codes:");
-	for (i = 0; i < ARRAY_SIZE(exits); i++)
-		printf("  %d  %s\n", exits[i].code, exits[i].text);
+	     "Exit codes:\n"
+	     "  0  success\n"
+	     "  1  the system failed: I/O, memory, a missing program\n"
+	     "  2  wrong usage\n"
+	     "  3  image refused: not qcow2, damaged, unsupported\n"
+	     "  4  busy: locked, in use, or the number is taken\n"
+	     "  5  no such device, file or snapshot\n"
+	     "  6  not permitted, or the driver is not loaded\n"
+	     "  7  check: leaked clusters and nothing worse");
 	return EXIT_OK;
 }
 
 static int command_help(const struct command *command)
 {
-	const struct option_help *option = command->options;
-	int i;
+	const struct option_help *option;
 
 	printf("Usage: qcowctl %s [options] %s\n%s\n\n", command->name,
 	       command->operands, command->summary);
-	for (i = 0; i < command->option_count; i++, option++) {
-		autofree char *name = xasprintf("%s %s", option->name,
-						option->value ? option->value : "");
+	for (option = command->options; option->name; option++) {
+		autofree char *name = xasprintf("%s %s", option->name, option->value ?: "");
 
-		printf(" %c%c%c --%-22s %s\n", option->letter ? '-' : ' ',
-		       option->letter ? option->letter : ' ',
-		       option->letter ? ',' : ' ', name, option->help);
+		if (option->letter < MAX_OPTIONS)
+			printf("     --%-22s %s\n", name, option->help);
+		else
+			printf(" -%c, --%-22s %s\n", option->letter, name, option->help);
 	}
 	puts(" -h, --help                   show this");
 	if (command->more_help)
@@ -105,34 +95,31 @@ static int bad_option(const struct command *command, int c, char **argv)
 
 static int run(const struct command *command, int argc, char **argv)
 {
-	struct option longs[MAX_OPTIONS + 2] = { 0 };
-	char shorts[2 * MAX_OPTIONS + 3] = ":h";
+	const struct option_help *options = command->options;
+	struct option longs[MAX_OPTIONS + 2] = { { "help", no_argument, NULL, 'h' } };
 	const char *values[MAX_OPTIONS] = { NULL };
+	char shorts[2 * MAX_OPTIONS + 3] = ":h";
 	char *end = shorts + strlen(shorts);
-	int c, i, which;
+	int c, i;
 
-	for (i = 0; i < command->option_count; i++) {
-		longs[i].name = command->options[i].name;
-		longs[i].has_arg = command->options[i].value ? required_argument :
-							       no_argument;
-		if (command->options[i].letter)
-			*end++ = command->options[i].letter;
-		if (command->options[i].letter && command->options[i].value)
-			*end++ = ':';
+	for (i = 0; options[i].name; i++) {
+		longs[i + 1] = (struct option) {
+			.name = options[i].name,
+			.has_arg = options[i].value ? required_argument : no_argument,
+			.val = options[i].letter,
+		};
+		if (options[i].letter >= MAX_OPTIONS)
+			end += sprintf(end, options[i].value ? "%c:" : "%c", options[i].letter);
 	}
-	longs[i].name = "help";
 
-	while ((c = getopt_long(argc, argv, shorts, longs, &which)) != -1) {
+	while ((c = getopt_long(argc, argv, shorts, longs, NULL)) != -1) {
 		if (c == '?' || c == ':')
 			return bad_option(command, c, argv);
-		/* A long option gives 0 and its place in the table. */
-		for (i = 0; c && i < command->option_count; i++) {
-			if (command->options[i].letter == c)
-				which = i;
-		}
-		if (c == 'h' || (!c && which == command->option_count))
+		if (c == 'h')
 			return command_help(command);
-		values[which] = optarg ? optarg : "";
+		for (i = 0; options[i].letter != c; i++)
+			;
+		values[i] = optarg ?: "";
 	}
 	argc -= optind;
 	if (argc < command->min || (command->max >= 0 && argc > command->max))
@@ -140,7 +127,7 @@ static int run(const struct command *command, int argc, char **argv)
 			    command->name, argc < command->min ? "too few" : "too many",
 			    *command->operands ? command->operands : "none",
 			    command->name);
-	return command->run(values, argc, argv + optind);
+	return command->run(values, argv + optind);
 }
 
 int main(int argc, char **argv)
@@ -150,6 +137,7 @@ int main(int argc, char **argv)
 	size_t i;
 
 	setlocale(LC_CTYPE, "");
+	setlinebuf(stderr);
 	if (!strcmp(name, "--help") || !strcmp(name, "-h"))
 		ret = help();
 	if (!strcmp(name, "--version") || !strcmp(name, "-V"))
@@ -162,7 +150,6 @@ int main(int argc, char **argv)
 		return fail(EXIT_USAGE, "no command '%s'; try qcowctl --help", name);
 	/* What was promised on standard output has to have got there. */
 	if (!ret && (fflush(stdout) || ferror(stdout)))
-		return fail(EXIT_SYSTEM, "standard output: %s; mend that and try again",
-			    strerror(errno));
+		return fail(EXIT_SYSTEM, "standard output: %m; mend that and try again");
 	return ret;
 }

@@ -4,38 +4,51 @@
  * may take its time; whatever cannot be read is passed over.
  */
 #include <glob.h>
-#include <limits.h>
+#include <mntent.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
-#include "control.h"
-#include "util.h"
+#include "qcowctl.h"
 
-/* What is looked for in a line of a file: returns a phrase, or NULL. */
-typedef char *(*line_match)(char *line, int index);
-
-static char *search_lines(const char *path, line_match match, int index)
+/* True if @dev is the disk /dev/qcow@index or one of its partitions. */
+static bool on_disk(dev_t dev, int index)
 {
-	FILE *f = fopen(path, "re");
-	autofree char *line = NULL;
-	char *found = NULL;
-	size_t size = 0;
+	autofree char *link = xasprintf("/sys/dev/block/%u:%u", major(dev), minor(dev));
+	autofree char *disk = xasprintf("/block/qcow%d", index);
+	autofree char *target = realpath(link, NULL);
+	const char *tail = target ? strstr(target, disk) : NULL;
 
+	return tail && (!tail[strlen(disk)] || tail[strlen(disk)] == '/');
+}
+
+/* Has process @pid a lock on @byte of its file @fd? */
+static bool has_lock(int pid, int fd, int byte)
+{
+	autofree char *path = xasprintf("/proc/%d/fdinfo/%d", pid, fd);
+	autofree char *line = NULL;
+	FILE *f = fopen(path, "re");
+	bool found = false;
+	long long start;
+	size_t size = 0;
+	char last[32];
+
+	/* lock:	1: OFDLCK  ADVISORY  READ -1 fe:00:1234 100 101 */
 	while (f && !found && getline(&line, &size, f) >= 0)
-		found = match(line, index);
+		found = sscanf(line, "lock: %*s %*s %*s %*s %*s %*s %lld %31s",
+			       &start, last) == 2 && start <= byte &&
+			(!strcmp(last, "EOF") || atoll(last) >= byte);
 	if (f)
 		fclose(f);
 	return found;
 }
 
-/* Is the open file /proc/PID/fd/N, which is @st, one that is looked for? */
-typedef bool (*fd_match)(int pid, int fd, const struct stat *st, const void *arg);
-
-/* The other processes with such an open file: "12 (cat), 13 (dd)", or NULL. */
-static char *find_processes(fd_match match, const void *arg)
+/*
+ * The other processes that have a lock on byte @number of @file or, without a
+ * @file, have the disk /dev/qcow@number open: "12 (cat), 13 (dd)", or NULL.
+ */
+static char *find_processes(const struct stat *file, int number)
 {
 	int pid, fd, last = getpid();
 	char *found = NULL;
@@ -49,155 +62,71 @@ static char *find_processes(fd_match match, const void *arg)
 
 		/* Sorted: the files of a process stand together. */
 		if (sscanf(fds.gl_pathv[i], "/proc/%d/fd/%d", &pid, &fd) != 2 ||
-		    pid == last || pid == getpid() ||
-		    stat(fds.gl_pathv[i], &st) || !match(pid, fd, &st, arg))
+		    pid == last || pid == getpid() || stat(fds.gl_pathv[i], &st))
+			continue;
+		if (file ? !same_file(&st, file) || !has_lock(pid, fd, number) :
+			   !S_ISBLK(st.st_mode) || !on_disk(st.st_rdev, number))
 			continue;
 		last = pid;
 		path = xasprintf("/proc/%d/comm", pid);
 		comm = read_line(path);
-		item = xasprintf("%d (%s)", pid, comm ? comm : "?");
+		item = xasprintf("%d (%s)", pid, comm ?: "?");
 		list_append(&found, item);
 	}
 	globfree(&fds);
 	return found;
 }
 
-/* lock:	1: OFDLCK  ADVISORY  READ -1 fe:00:1234 100 101 */
-static char *lock_line(char *line, int byte)
-{
-	long long start;
-	char last[32];
-
-	if (sscanf(line, "lock: %*s %*s %*s %*s %*s %*s %lld %31s", &start, last) != 2 ||
-	    start > byte || (strcmp(last, "EOF") && atoll(last) < byte))
-		return NULL;
-	return xstrdup(line);
-}
-
-struct locked_byte {
-	const struct stat *st;
-	int byte;
-};
-
-static bool has_lock(int pid, int fd, const struct stat *st, const void *arg)
-{
-	const struct locked_byte *locked = arg;
-	autofree char *path = xasprintf("/proc/%d/fdinfo/%d", pid, fd);
-	autofree char *found = NULL;
-
-	if (same_file(st, locked->st))
-		found = search_lines(path, lock_line, locked->byte);
-	return found;
-}
-
 /* The qcow device that has the file @st in its chain, or NULL. */
 static char *device_on(const struct stat *st)
 {
-	int control = control_open(false);
-	autofree int *indices = NULL;
-	char *found = NULL;
-	size_t count;
+	autofree int *indices = control_open() ? control_find(st, NULL, true) : NULL;
 
-	if (control < 0)
-		return NULL;
-	if (!control_find(control, st, NULL, true, &indices, &count) && count)
-		found = xasprintf("/dev/qcow%d", indices[0]);
-	close(control);
-	return found;
+	return indices && *indices >= 0 ? xasprintf("/dev/qcow%d", *indices) : NULL;
 }
 
 char *lock_holder(const struct stat *st, int byte)
 {
-	struct locked_byte locked = { .st = st, .byte = byte };
-	char *found = find_processes(has_lock, &locked);
-
-	return found ? found : device_on(st);
+	return find_processes(st, byte) ?: device_on(st);
 }
 
-/* True if @dev is the disk /dev/qcow@index or one of its partitions. */
-static bool on_disk(dev_t dev, int index)
+/* Where the table @path has the disk or a partition of it as a source, or NULL. */
+static char *find_in_table(const char *path, int index, bool swap)
 {
-	autofree char *link = xasprintf("/sys/dev/block/%u:%u", major(dev), minor(dev));
-	autofree char *disk = xasprintf("/block/qcow%d", index);
-	autofree char *target = realpath(link, NULL);
-	const char *tail = target ? strstr(target, disk) : NULL;
-
-	return tail && (!tail[strlen(disk)] || tail[strlen(disk)] == '/');
-}
-
-/* The same for a path such as "/dev/qcow0p1" in /proc/swaps or a mount table. */
-static bool path_on_disk(const char *path, int index)
-{
+	FILE *table = setmntent(path, "re");
+	struct mntent *entry;
+	char *found = NULL;
 	struct stat st;
 
-	return *path == '/' && !stat(path, &st) && S_ISBLK(st.st_mode) &&
-	       on_disk(st.st_rdev, index);
-}
-
-/* Undo the \040 of the tables in /proc, in place. */
-static char *unescape(char *s)
-{
-	char *in = s, *out = s;
-	unsigned int c;
-
-	while (*in) {
-		if (sscanf(in, "\\%3o", &c) == 1) {
-			*out++ = c;
-			in += 4;
-		} else {
-			*out++ = *in++;
-		}
+	while (table && !found && (entry = getmntent(table))) {
+		/* btrfs shows device numbers of its own; so go by the names. */
+		if (*entry->mnt_fsname == '/' && !stat(entry->mnt_fsname, &st) &&
+		    S_ISBLK(st.st_mode) && on_disk(st.st_rdev, index))
+			found = xstrdup(swap ? entry->mnt_fsname : entry->mnt_dir);
 	}
-	*out = '\0';
-	return s;
+	if (table)
+		endmntent(table);
+	return found;
 }
 
-/* ID PARENT MAJ:MIN ROOT WHERE OPTIONS... - TYPE SOURCE OPTIONS */
-static char *mount_line(char *line, int index)
-{
-	autofree char *where = NULL, *source = NULL;
-	char *tail = strstr(line, " - ");
-	unsigned int maj, min;
-
-	if (!tail || sscanf(line, "%*d %*d %u:%u %*s %ms", &maj, &min, &where) != 3)
-		return NULL;
-	sscanf(tail, " - %*s %ms", &source);
-	/* btrfs shows a number of its own; the source names the disk. */
-	if (on_disk(makedev(maj, min), index) ||
-	    (source && path_on_disk(unescape(source), index)))
-		return xasprintf("mounted on %s", unescape(where));
-	return NULL;
-}
-
-/* /dev/qcow0p1    partition    1048572    0    -2 */
-static char *swap_line(char *line, int index)
-{
-	line[strcspn(line, " \t\n")] = '\0';
-	if (!path_on_disk(unescape(line), index))
-		return NULL;
-	return xasprintf("in use as swap (%s)", line);
-}
-
+/* "mounted on /mnt", here or else in the mount namespace of some other process. */
 static char *mounted(int index)
 {
-	char *where = search_lines("/proc/self/mountinfo", mount_line, index);
+	char *found = NULL;
 	glob_t tables;
 	size_t i;
 
-	if (where)
-		return where;
-	/* Not here; in the mount namespace of some other process? */
-	glob("/proc/[0-9]*/mountinfo", 0, NULL, &tables);
-	for (i = 0; !where && i < tables.gl_pathc; i++) {
-		autofree char *found = search_lines(tables.gl_pathv[i], mount_line,
-						    index);
+	glob("/proc/{self,[0-9]*}/mounts", GLOB_BRACE, NULL, &tables);
+	for (i = 0; !found && i < tables.gl_pathc; i++) {
+		int pid = atoi(tables.gl_pathv[i] + strlen("/proc/"));
+		autofree char *where = find_in_table(tables.gl_pathv[i], index, false);
 
-		if (found)
-			where = xasprintf("%s for process %d", found,
-					  atoi(tables.gl_pathv[i] + strlen("/proc/")));
+		if (where)
+			found = xasprintf(pid ? "mounted on %s for process %d" :
+						"mounted on %s", where, pid);
 	}
 	globfree(&tables);
-	return where;
+	return found;
 }
 
 /* "held by dm-0 (vg-root)" for what sits on the disk or its partitions. */
@@ -214,9 +143,9 @@ static char *holders(int index)
 		const char *holder = strrchr(matches.gl_pathv[i], '/') + 1;
 		autofree char *path = xasprintf("%s/dm/name", matches.gl_pathv[i]);
 		autofree char *name = read_line(path);
-		autofree char *item = NULL;
+		autofree char *item = xasprintf(name ? "held by %s (%s)" : "held by %s",
+						holder, name);
 
-		item = xasprintf(name ? "held by %s (%s)" : "held by %s", holder, name);
 		list_append(&found, item);
 	}
 	globfree(&matches);
@@ -226,12 +155,13 @@ static char *holders(int index)
 char *device_holder(int index)
 {
 	autofree char *node = xasprintf("/dev/qcow%d", index);
+	autofree char *swap = find_in_table("/proc/swaps", index, true);
 	autofree char *device = NULL;
 	char *found = mounted(index);
 	struct stat st;
 
-	if (!found)
-		found = search_lines("/proc/swaps", swap_line, index);
+	if (!found && swap)
+		found = xasprintf("in use as swap (%s)", swap);
 	if (!found)
 		found = holders(index);
 	/* It may be a layer of another device. */
@@ -240,14 +170,9 @@ char *device_holder(int index)
 	return device ? xasprintf("held by %s", device) : found;
 }
 
-static bool has_device(int pid, int fd, const struct stat *st, const void *arg)
-{
-	(void)pid;
-	(void)fd;
-	return S_ISBLK(st->st_mode) && on_disk(st->st_rdev, *(const int *)arg);
-}
-
 char *device_openers(int index)
 {
-	return find_processes(has_device, &index);
+	autofree char *found = find_processes(NULL, index);
+
+	return xasprintf("open in %s", found ?: "what cannot be seen from here");
 }
