@@ -16,7 +16,7 @@ help:
 	@echo '  all        the module and qcowctl (default)'
 	@echo '  module     drivers/block/qcow/qcow.ko; KDIR= is the kernel to build for'
 	@echo '  tool       userspace-tools/qcowctl/qcowctl'
-	@echo '  install    both, the manual and the header; honours DESTDIR, prefix'
+	@echo '  install    both, manual, header, udev rule; honours DESTDIR, prefix, udevdir'
 	@echo '  clean'
 	@echo
 	@echo 'Testing (installs what it needs on Debian; kernels go to the cache):'

@@ -99,9 +99,15 @@ ok "sfdisk" sfdisk -q "$DEV" <table
 udevadm settle
 ok "the first partition's node appears" test -b "${DEV}p1"
 is "the second has its size" "$(blockdev --getsize64 "${DEV}p2")" $((8 << 20))
-ok "mkfs on a partition" mkfs.ext4 -q -F "${DEV}p1"
+link=/dev/disk/by-uuid/3c5b2d6e-0f0a-4f5e-9d52-7a3c1b8e4f60
+ok "mkfs on a partition" mkfs.ext4 -q -F -U ${link##*/} -L on-qcow "${DEV}p1"
+ok "udev links UUID and label to it" \
+	udevadm wait --timeout=60 $link /dev/disk/by-label/on-qcow
+is "that is where they lead" "$(realpath $link /dev/disk/by-label/on-qcow)" \
+	"${DEV}p1"$'\n'"${DEV}p1"
 detach
 udevadm settle
+not_ok "the link goes at detach" test -L $link
 not_ok "its node goes at detach" test -e "${DEV}p1"
 not_ok "the disk goes at detach" test -e "/sys/block/$name"
 attach "$WORK/part.qcow2"
@@ -116,7 +122,8 @@ check_clean part.qcow2
 # Swap
 qemu-img create -q -f qcow2 swap.qcow2 64M
 attach "$WORK/swap.qcow2"
-ok "mkswap" mkswap "$DEV"
+ok "mkswap" mkswap -U ${link##*/} "$DEV"
+ok "udev links its UUID to the disk" udevadm wait --timeout=60 $link
 ok "swapon" swapon "$DEV"
 not_ok "swap keeps the device busy" "$QCOWCTL" detach "$DEV"
 cat >swapper <<'END'
