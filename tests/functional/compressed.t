@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # Clusters that QEMU compressed read right, and are replaced by what is written over them.
 # kernels: 6.1 debug
+# quick: 6.1
 # timeout: 1500
 # memory: 2048
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # Lazy refcounts: the dirty bit is there while counts may be stale, and a repair finds all that was flushed.
 # kernels: 6.1 debug
+# quick: 6.1
 # timeout: 300
 
 # shellcheck source=tests/functional/cells.sh

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # A write that would hit metadata is stopped before it does, the corrupt bit is set, and reads go on.
 # kernels: 6.1 debug
+# quick: 6.1
 # timeout: 300
 
 # shellcheck source=tests/functional/cells.sh

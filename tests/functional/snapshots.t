@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # An internal snapshot is attached by ID or name, shows what it was taken of, and stays that way.
 # kernels: 6.1 debug
+# quick: 6.1
 # timeout: 300
 
 # shellcheck source=tests/functional/cells.sh

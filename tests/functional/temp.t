@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # What is written with --temp goes at detach and never reaches the image; --autoclear detaches after use.
 # kernels: 6.1 debug
+# quick: 6.1
 # timeout: 300
 
 # shellcheck source=tests/functional/cells.sh
