@@ -59,26 +59,6 @@ reads_right "version 2" compat=0.10
 reads_right "extended L2 entries" extended_l2=on,compression_type=zstd
 reads_right "counts of one bit" refcount_bits=1
 
-# Small reads of a cluster decompress it once, whoever makes them.
-mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
-EVENT=/sys/kernel/tracing/events/qcow/qcow_unpack
-pack x.qcow2 cluster_size=64k
-if [[ -e $EVENT/enable ]]; then
-	attach --read-only "$PWD/x.qcow2"
-	echo >/sys/kernel/tracing/trace
-	echo 1 >$EVENT/enable
-	for ((i = 0; i < 16; i++)); do
-		dd if="$DEV" of=/dev/null bs=4k skip=256 count=16 iflag=direct status=none &
-	done
-	wait
-	echo 0 >$EVENT/enable
-	is "256 reads of one cluster decompress it once" \
-		"$(grep -c qcow_unpack: /sys/kernel/tracing/trace)" 1
-	detach
-else
-	skip "256 reads of one cluster decompress it once" "no trace events"
-fi
-
 # word IMAGE OFFSET: eight bytes as a number
 word() {
 	echo $((0x$(od -An -v -tx1 -j "$2" -N 8 "$1" | tr -d ' \n')))
@@ -91,6 +71,30 @@ l2_entry() {
 	l1=$(word "$1" 40)
 	echo $((($(word "$1" "$l1") & 0xfffffffffffe00) + 8 * $2))
 }
+
+# Small reads of a cluster decompress it once, whoever makes them: udev too, which
+# looks at a new device.
+mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
+EVENT=/sys/kernel/tracing/events/qcow/qcow_unpack
+if [[ -e $EVENT/enable ]]; then
+	pack x.qcow2 cluster_size=64k
+	# With clusters of 64 KiB the lowest 54 bits are the offset.
+	at=$(($(word x.qcow2 "$(l2_entry x.qcow2 16)") & ((1 << 54) - 1)))
+	echo >/sys/kernel/tracing/trace
+	echo 1 >$EVENT/enable
+	attach --read-only "$PWD/x.qcow2"
+	for ((i = 0; i < 16; i++)); do
+		dd if="$DEV" of=/dev/null bs=4k skip=256 count=16 iflag=direct status=none &
+	done
+	wait
+	echo 0 >$EVENT/enable
+	is "256 reads of one cluster decompress it once" \
+		"$(grep -c "qcow_unpack:.* host_offset=$(printf '0x%x' "$at") " \
+			/sys/kernel/tracing/trace)" 1
+	detach
+else
+	skip "256 reads of one cluster decompress it once" "no trace events"
+fi
 
 # these_read FIRST [COUNT]: clusters of 64 KiB, without reading ahead of them
 these_read() {
