@@ -893,11 +893,13 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 	 */
 	if (kept)
 		synchronize_srcu_expedited(&image->epoch);
-	if (qcow_is_external(image) && mode != QCOW_CLEAR_ZERO && changes)
+	if (!qcow_is_external(image)) {
+		if (mode == QCOW_CLEAR_PUNCH)
+			err = qcow_punch_entries(image, block, index, count);
+	} else if (mode != QCOW_CLEAR_ZERO && changes) {
 		qcow_file_punch(&image->data, guest_offset,
 				(u64)count << image->cluster_bits);
-	else if (mode == QCOW_CLEAR_PUNCH)
-		err = qcow_punch_entries(image, block, index, count);
+	}
 out_put:
 	qcow_l2_release(image, block);
 out_unlock:
