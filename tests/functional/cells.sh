@@ -22,6 +22,7 @@
 #   discard=unmap    option of qcowctl attach
 #   io=auto          option of qcowctl attach; buffered puts the image on tmpfs
 #   cache=           option --cache-size of qcowctl attach
+#   compress=        zlib or zstd: option of qcowctl attach
 #   jobs=1           threads that race
 #   dev=direct       buffered: I/O to the device through the page cache
 #   hot=             only touch this much of the start
@@ -139,7 +140,7 @@ make_image() {
 	file) options+=,data_file=image.qcow2.data ;;
 	raw) options+=,data_file=image.qcow2.data,data_file_raw=on ;;
 	esac
-	if [[ $packed == zstd ]]; then
+	if [[ $packed == zstd || $compress == zstd ]]; then
 		options+=,compression_type=zstd
 	fi
 	qemu-img create -q -f qcow2 ${base:+-b "$base" -F "$base_fmt"} -o "$options" \
@@ -193,7 +194,8 @@ cell_steps() {
 	before=$(layers_stamp)
 
 	if ! try_attach --discard="$discard" --io="$io" \
-		${cache:+--cache-size "$cache"} "$PWD/image.qcow2"; then
+		${cache:+--cache-size "$cache"} ${compress:+--compress="$compress"} \
+		"$PWD/image.qcow2"; then
 		cat "$WORK/.err"
 		echo "attach failed"
 		return 1
@@ -258,7 +260,8 @@ cell_steps() {
 # run_cell NAME: one result.
 run_cell() {
 	local v=3 cs=64k ext=0 rc=16 pre=off chain=none data=none snap=0 init=0 size=8M
-	local packed='' discard=unmap io=auto cache='' jobs=1 dev=direct hot='' seed=1
+	local packed='' discard=unmap io=auto cache='' compress='' jobs=1 dev=direct
+	local hot='' seed=1
 	local ops=$CELL_OPS pair dir status
 	local -a pairs
 
@@ -266,7 +269,7 @@ run_cell() {
 	for pair in "${pairs[@]}"; do
 		case ${pair%%=*} in
 		v | cs | ext | rc | pre | chain | data | packed | snap | init | size | discard | \
-			io | cache | jobs | dev | hot | seed | ops)
+			io | cache | compress | jobs | dev | hot | seed | ops)
 			printf -v "${pair%%=*}" %s "${pair#*=}"
 			;;
 		*)
@@ -376,6 +379,17 @@ draw_cell() {
 			PICKED=${PICKED:+zlib}
 		fi
 		CELL+="${PICKED:+,packed=$PICKED}"
+	fi
+	if ((rc > 1)) && [[ $data == none ]]; then
+		pick '' '' '' zlib zstd
+		if ((v == 2)); then
+			PICKED=${PICKED:+zlib}
+		fi
+		# An image is of one type.
+		if [[ $CELL == *,packed=* ]]; then
+			PICKED=${PICKED:+${CELL#*,packed=}}
+		fi
+		CELL+="${PICKED:+,compress=$PICKED}"
 	fi
 	CELL+=",seed=$1"
 }

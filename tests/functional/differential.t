@@ -49,6 +49,9 @@ FIXED=(
 	'cs=64k,data=raw,size=8388908'
 	'cs=4k,data=file,discard=keep,init=1,io=buffered'
 	'cs=64k,ext=1,data=raw,init=1,jobs=4'
+	'cs=64k,compress=zstd,jobs=4'
+	'cs=4k,compress=zlib,chain=raw,jobs=4,hot=1M'
+	'cs=4k,rc=2,compress=zstd,io=direct,jobs=8,hot=512k'
 )
 
 need_driver

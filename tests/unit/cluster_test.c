@@ -12,7 +12,10 @@
 #include <linux/prandom.h>
 #include <linux/sizes.h>
 #include <linux/slab.h>
+#include <linux/uio.h>
 #include <linux/workqueue.h>
+
+#include <linux/qcow.h>
 
 #include "image_builder.h"
 
@@ -134,6 +137,22 @@ static int write_in_place(struct qcow_image *image, u64 offset, u64 length,
 			       extent.host_offset);
 }
 
+/* Compress a cluster, where that is wanted; 1 if it is not or cannot be. */
+static int write_packed(struct qcow_image *image, u64 offset, u64 length,
+			const u8 *buf, u64 *done)
+{
+	u64 step = min_t(u64, qcow_cluster_size(image), image->size - offset);
+	struct kvec vec = { .iov_base = (void *)buf, .iov_len = step };
+	struct iov_iter iter;
+
+	if (!qcow_compression(image) || length < step ||
+	    offset & (qcow_cluster_size(image) - 1))
+		return 1;
+	*done = step;
+	iov_iter_kvec(&iter, ITER_SOURCE, &vec, 1, step);
+	return qcow_pack_write(image, offset, &iter);
+}
+
 /* Write a part of a buffer; tells how much of it. */
 static int write_some(struct qcow_chain *chain, u64 offset, u64 length,
 		      const u8 *buf, u64 *done)
@@ -146,6 +165,9 @@ static int write_some(struct qcow_chain *chain, u64 offset, u64 length,
 	err = write_in_place(image, offset, length, buf, done);
 	qcow_image_exit(image, epoch);
 	if (err != -EAGAIN)
+		return err;
+	err = write_packed(image, offset, length, buf, done);
+	if (err != 1)
 		return err;
 
 	err = qcow_write_begin(chain, offset, length, &write);
@@ -1067,6 +1089,7 @@ struct random_case {
 	u64 incompatible;
 	bool packed;
 	u64 compatible;
+	bool compress;
 };
 
 static const struct random_case random_cases[] = {
@@ -1094,6 +1117,13 @@ static const struct random_case random_cases[] = {
 	  0, false, LAZY },
 	{ "4 KiB clusters, lazy, snapshot", 3, 12, 16, SZ_256K, SZ_128K, true,
 	  400, 0, false, LAZY },
+	{ "written compressed", 3, 12, 16, SZ_256K, 0, false, 400, 0, true, 0,
+	  true },
+	{ "written compressed, 512 B clusters, 2 bits, lazy", 3, 9, 2, SZ_128K,
+	  SZ_64K + 512, false, 400, 0, false, LAZY, true },
+	{ "written compressed by zstd, subclusters, snapshot", 3, 14, 64,
+	  SZ_256K - SECTOR, 0, true, 300,
+	  EXTENDED | QCOW_INCOMPAT_COMPRESSION, true, 0, true },
 };
 
 static void random_desc(const struct random_case *c, char *desc)
@@ -1102,6 +1132,16 @@ static void random_desc(const struct random_case *c, char *desc)
 }
 
 KUNIT_ARRAY_PARAM(random, random_cases, random_desc);
+
+static void random_compress(struct guest *guest, const struct random_case *c)
+{
+	struct qcow_message msg;
+
+	KUNIT_ASSERT_EQ(guest->test,
+			qcow_pack_init(image_of(guest), c->compress ?
+				       QCOW_COMPRESS_IMAGE : QCOW_COMPRESS_NONE,
+				       &msg), 0);
+}
 
 static struct guest *random_guest(struct kunit *test,
 				  const struct random_case *c)
@@ -1113,6 +1153,7 @@ static struct guest *random_guest(struct kunit *test,
 	};
 	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
 	u64 cs = 1ULL << c->cluster_bits;
+	struct guest *guest;
 	u64 at;
 
 	for (at = 0; at < c->size; at += 5 * cs)
@@ -1124,7 +1165,9 @@ static struct guest *random_guest(struct kunit *test,
 	}
 	if (c->snapshot)
 		qcow_test_disk_snapshot(disk);
-	return guest_create(disk, c->size, c->below);
+	guest = guest_create(disk, c->size, c->below);
+	random_compress(guest, c);
+	return guest;
 }
 
 /* One of the things that guests do; some of it twice as often near the start. */
@@ -1171,6 +1214,7 @@ static void random_work_is_read_back(struct kunit *test)
 			qcow_test_image_close(test, image_of(guest));
 			guest->chain->layers[0] = qcow_test_image_open(guest->tf,
 								       true);
+			random_compress(guest, c);
 		}
 	}
 	guest_ends(guest);

@@ -466,7 +466,7 @@ static void what_is_kept_is_bounded(struct kunit *test)
 	expect_filled(test, chain, 0, SZ_1M, SEED);
 	KUNIT_EXPECT_GT(test, unpack->bytes, SZ_16K);
 	KUNIT_EXPECT_LE(test, unpack->bytes, SZ_64K + SZ_4K);
-	KUNIT_EXPECT_EQ(test, atomic_read(&unpack->nr_unpackers), 1);
+	KUNIT_EXPECT_EQ(test, atomic_read(&unpack->unpackers.nr), 1);
 	expect_filled(test, chain, 0, SZ_1M, SEED);
 }
 
@@ -540,7 +540,7 @@ static void readers_take_turns_with_one_unpacker(struct kunit *test)
 		qcow_test_disk_add_packed(disk, at, SEED);
 	image = qcow_test_image_open(qcow_test_file_create(disk), false);
 	unpack = &image->cache->unpack;
-	unpack->max_unpackers = 1;
+	unpack->unpackers.max = 1;
 	unpack->limit = SZ_32K;
 	wq = alloc_workqueue("qcow-test", WQ_UNBOUND, READERS);
 	KUNIT_ASSERT_NOT_NULL(test, wq);

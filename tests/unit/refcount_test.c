@@ -437,6 +437,62 @@ static void what_was_freed_is_used_again(struct kunit *test)
 	KUNIT_EXPECT_LT(test, last, 1000);
 }
 
+static u64 count_of(struct kunit *test, struct qcow_image *image, u64 cluster)
+{
+	u64 count = 0;
+
+	KUNIT_ASSERT_EQ(test, qcow_refcount_get(image, cluster, &count), 0);
+	return count;
+}
+
+static u64 take_bytes(struct kunit *test, struct qcow_image *image, u32 size)
+{
+	u64 host_offset = 0;
+
+	KUNIT_ASSERT_EQ(test, qcow_alloc_bytes(image, size, &host_offset), 0);
+	return host_offset;
+}
+
+static void bytes_are_packed_and_count_where_they_lie(struct kunit *test)
+{
+	struct qcow_test_spec spec = {
+		.cluster_bits = 12, .refcount_bits = 2, .size = SZ_1M,
+	};
+	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
+	struct qcow_image *image =
+		qcow_test_image_open(qcow_test_file_create(disk), true);
+	u64 first = take_bytes(test, image, 1000), next, other, got;
+	u64 cluster = first >> 12;
+
+	KUNIT_EXPECT_EQ(test, first & 4095, 0);
+	/* Over the border of two clusters that follow each other */
+	KUNIT_EXPECT_EQ(test, take_bytes(test, image, 3500), first + 1000);
+	KUNIT_EXPECT_EQ(test, count_of(test, image, cluster), 2);
+	KUNIT_EXPECT_EQ(test, count_of(test, image, cluster + 1), 1);
+	/* Two bits have room for three. */
+	KUNIT_EXPECT_EQ(test, take_bytes(test, image, 10), first + 4500);
+	KUNIT_EXPECT_EQ(test, take_bytes(test, image, 20), first + 4510);
+	KUNIT_EXPECT_EQ(test, count_of(test, image, cluster + 1), 3);
+	next = take_bytes(test, image, 30);
+	KUNIT_EXPECT_EQ(test, next, first + 2 * 4096);
+
+	/* Not on across a cluster that is somebody else's */
+	KUNIT_ASSERT_EQ(test, alloc(test, image, 1, &other, &got), 0);
+	KUNIT_EXPECT_EQ(test, other, (next >> 12) + 1);
+	first = take_bytes(test, image, 4090);
+	KUNIT_EXPECT_EQ(test, first, (other + 1) << 12);
+	KUNIT_EXPECT_EQ(test, count_of(test, image, next >> 12), 1);
+	/* To the very end of a cluster; then a new one */
+	KUNIT_EXPECT_EQ(test, take_bytes(test, image, 6), first + 4090);
+	KUNIT_EXPECT_EQ(test, take_bytes(test, image, 6), first + 4096);
+
+	/* Nothing joins what is about to be freed. */
+	qcow_alloc_forget(image, (first >> 12) + 2, 100);
+	KUNIT_EXPECT_EQ(test, take_bytes(test, image, 6), first + 4096 + 6);
+	qcow_alloc_forget(image, (first >> 12) + 1, 1);
+	KUNIT_EXPECT_EQ(test, take_bytes(test, image, 6), first + 2 * 4096);
+}
+
 static void a_shared_cluster_survives_one_drop(struct kunit *test)
 {
 	struct qcow_test_spec spec = { .size = SZ_1M };
@@ -680,6 +736,7 @@ static struct kunit_case refcount_test_cases[] = {
 	KUNIT_CASE(freed_clusters_wait_for_a_commit),
 	KUNIT_CASE(everything_can_be_given_back),
 	KUNIT_CASE(what_was_freed_is_used_again),
+	KUNIT_CASE(bytes_are_packed_and_count_where_they_lie),
 	KUNIT_CASE(a_shared_cluster_survives_one_drop),
 	KUNIT_CASE(a_count_below_zero_is_damage),
 	KUNIT_CASE_PARAM(a_bad_refcount_table_stops_allocation,

@@ -16,7 +16,7 @@
 
 enum {
 	READ_ONLY, SNAPSHOT, NUMBER, DISCARD, CACHE_SIZE, IO, FORMAT, BACKING_FORMAT,
-	DATA_FILE, NO_REPAIR, TEMP, AUTOCLEAR, ATTACH_OPTIONS
+	DATA_FILE, NO_REPAIR, TEMP, AUTOCLEAR, COMPRESS, ATTACH_OPTIONS
 };
 
 static const struct option_help attach_options[ATTACH_OPTIONS + 1] = {
@@ -37,6 +37,8 @@ static const struct option_help attach_options[ATTACH_OPTIONS + 1] = {
 	[TEMP] = { TEMP, "temp", NULL, "keep what is written until detach only; IMAGE is read" },
 	[AUTOCLEAR] = { AUTOCLEAR, "autoclear", NULL,
 		"detach when it is no longer mounted, or otherwise used" },
+	[COMPRESS] = { COMPRESS, "compress", "[=TYPE]",
+		"compress new clusters; TYPE, zlib or zstd, is what IMAGE must be for" },
 };
 
 _Static_assert(ATTACH_OPTIONS <= MAX_OPTIONS, "room for the options");
@@ -51,9 +53,10 @@ static int bad_value(int option, const char *value, const char *hint)
 }
 
 /* The place of an option's value in @names, which is its number in the ABI. */
-static int choose(int option, const char *value, const char * const names[3], __u32 *choice)
+static int choose(int option, const char *value, const char * const *names, __u32 count,
+		  __u32 *choice)
 {
-	for (*choice = 0; value && *choice < 3; ++*choice) {
+	for (*choice = 0; value && *choice < count; ++*choice) {
 		if (!strcmp(value, names[*choice]))
 			return EXIT_OK;
 	}
@@ -70,6 +73,8 @@ static int set_options(const char * const *values, struct qcow_attach *call,
 
 	if (values[TEMP] && (values[READ_ONLY] || snapshot || values[DATA_FILE]))
 		return fail(EXIT_USAGE, "attach: --temp goes without --read-only, --snapshot and --data-file; leave them out");
+	if (values[COMPRESS] && (values[READ_ONLY] || snapshot))
+		return fail(EXIT_USAGE, "attach: --compress is about writing; leave it out, or --read-only and --snapshot");
 	if (snapshot && (!*snapshot || strlen(snapshot) > UINT16_MAX))
 		return fail(EXIT_USAGE, "attach: --snapshot needs the ID or the name of a snapshot; see qemu-img snapshot -l");
 	if (values[NUMBER] && !parse_number(values[NUMBER], &number))
@@ -97,8 +102,9 @@ static int set_options(const char * const *values, struct qcow_attach *call,
 		.snapshot = (uintptr_t)snapshot,
 		.snapshot_size = snapshot ? strlen(snapshot) : 0,
 	};
-	return choose(DISCARD, values[DISCARD], discard_names, &call->discard) ?:
-	       choose(IO, values[IO], io_modes, &call->io_mode);
+	return choose(DISCARD, values[DISCARD], discard_names, 3, &call->discard) ?:
+	       choose(IO, values[IO], io_modes, 3, &call->io_mode) ?:
+	       choose(COMPRESS, values[COMPRESS], compress_names, 4, &call->compress);
 }
 
 static int attach_failed(const char *image, int wanted, const char *message)

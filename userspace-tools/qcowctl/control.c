@@ -19,6 +19,9 @@ const char * const discard_names[3] = {
 	[QCOW_DISCARD_KEEP] = "keep",
 };
 
+/* By QCOW_COMPRESS_*; an option without a value is "" */
+const char * const compress_names[4] = { "none", "", "zlib", "zstd" };
+
 static int control = -1;
 
 int format_of_name(const char *name)

@@ -36,7 +36,7 @@ static const struct option_help info_options[INFO_OPTIONS + 1] = {
 /* What list can show. In lower case, these are the keys of a device's JSON object. */
 static const char * const columns[] = {
 	"NAME", "SIZE", "RO", "DEPTH", "STATE", "IMAGE", "MAJ:MIN", "IO", "DISCARD",
-	"VERSION", "CLUSTER", "REFBITS", "OPENERS", "CACHE", "CACHE-LIMIT",
+	"COMPRESS", "VERSION", "CLUSTER", "REFBITS", "OPENERS", "CACHE", "CACHE-LIMIT",
 	"CACHE-HITS", "CACHE-MISSES", "READS", "WRITES", "DISCARDS", "ZEROES",
 	"FLUSHES", "ERRORS", "ALLOCATED", "FREED",
 };
@@ -87,6 +87,8 @@ static void add_status(struct json_object *object, const struct qcow_status *s)
 	add_text(object, "io", s->flags & QCOW_STATUS_DIRECT ? "direct" : "buffered");
 	add_text(object, "discard", s->discard < ARRAY_SIZE(discard_names) ?
 		 discard_names[s->discard] : "unknown");
+	add_text(object, "compress", s->compress < ARRAY_SIZE(compress_names) ?
+		 compress_names[s->compress] : "unknown");
 	add_number(object, "size", s->virtual_size);
 	add_number(object, "depth", s->layer_count);
 	add_number(object, "version", s->version);

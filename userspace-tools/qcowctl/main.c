@@ -67,7 +67,9 @@ static int command_help(const struct command *command)
 	printf("Usage: qcowctl %s [options] %s\n%s\n\n", command->name,
 	       command->operands, command->summary);
 	for (option = command->options; option->name; option++) {
-		autofree char *name = xasprintf("%s %s", option->name, option->value ?: "");
+		const char *value = option->value ?: "";
+		autofree char *name = xasprintf(*value == '[' ? "%s%s" : "%s %s",
+						option->name, value);
 
 		if (option->letter < MAX_OPTIONS)
 			printf("     --%-22s %s\n", name, option->help);
@@ -105,7 +107,9 @@ static int run(const struct command *command, int argc, char **argv)
 	for (i = 0; options[i].name; i++) {
 		longs[i + 1] = (struct option) {
 			.name = options[i].name,
-			.has_arg = options[i].value ? required_argument : no_argument,
+			.has_arg = !options[i].value ? no_argument :
+				   *options[i].value == '[' ? optional_argument :
+							      required_argument,
 			.val = options[i].letter,
 		};
 		if (options[i].letter >= MAX_OPTIONS)

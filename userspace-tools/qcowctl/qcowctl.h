@@ -30,7 +30,7 @@ enum qcowctl_exit {
 struct option_help {
 	int letter;		/* or any number below MAX_OPTIONS that is not 0 */
 	const char *name;
-	const char *value;	/* what it takes, for people; NULL for nothing */
+	const char *value;	/* what it takes, for people, in [] if it may; NULL for nothing */
 	const char *help;
 };
 
@@ -144,6 +144,7 @@ const char *name_of_format(int format);
 
 /* By QCOW_DISCARD_* */
 extern const char * const discard_names[3];
+extern const char * const compress_names[4];
 
 /*
  * users.c: phrases, or NULL where nobody is to be seen.

@@ -400,6 +400,8 @@ static int qcow_reclaim_run(struct qcow_image *image, struct qcow_free *free)
 				 free->count << image->cluster_bits);
 	if (err)
 		return err;
+	/* From here on no count of them goes up: it is one when it is the last. */
+	qcow_alloc_forget(image, first, free->count);
 	while (first < end) {
 		err = qcow_refcount_get(image, first, &count);
 		if (err)

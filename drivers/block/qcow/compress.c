@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Compressed clusters: decompressing them, and keeping what came out.
+ * Reading compressed clusters: decompressing them, and keeping what came out.
  *
  * A compressed cluster is a stream of bytes anywhere in the file, up to two
  * clusters long, which decompresses to one cluster. Its L2 entry says where the
@@ -31,8 +31,8 @@
  * change.
  *
  * Why this makes progress when memory is short, when the request may be one that
- * reclaim waits for. It takes two things: an unpacker (buffer and workspace of the
- * algorithm) and memory for the cluster. One of each is set aside when an image is
+ * reclaim waits for. It takes two things: an unpacker (see struct qcow_coder) and
+ * memory for the cluster. One of each is set aside when an image is
  * opened, large enough for each image of the cache. Unpackers are taken before
  * memory for a cluster, and are given back without waiting for another one. Who
  * has an unpacker and waits for memory gets it in the end: all clusters that are
@@ -44,204 +44,19 @@
  * caches that its images are charged to: waiting goes from younger to older
  * caches, never round.
  */
-#include <linux/bvec.h>
-#include <linux/cpumask.h>
 #include <linux/hash.h>
 #include <linux/highmem.h>
 #include <linux/mm.h>
 #include <linux/sched.h>
 #include <linux/sizes.h>
 #include <linux/slab.h>
-#include <linux/vmalloc.h>
 #include <linux/wait_bit.h>
-#include <linux/zlib.h>
-#include <linux/zstd.h>
 
 #include "qcow.h"
 #include "trace.h"
 
-/* Unpackers that may always be in use at once, in bytes and for each CPU. */
-#define QCOW_UNPACKERS_BYTES	SZ_8M
-#define QCOW_UNPACKERS_PER_CPU	2
-
 /* So many of the largest clusters are kept, however low the limit. */
 #define QCOW_UNPACKED_MIN	4
-
-/* ---- algorithms ---------------------------------------------------------- */
-
-/**
- * struct qcow_codec - a compression algorithm
- * @workspace_size: bytes that it needs to work
- * @unpack: fill @dst with exactly @dst_len bytes from the stream at @src, which
- *	ends somewhere before @src_len; 0 or -EIO
- */
-struct qcow_codec {
-	size_t (*workspace_size)(void);
-	int (*unpack)(void *workspace, const void *src, u32 src_len, void *dst,
-		      u32 dst_len);
-};
-
-static size_t qcow_zlib_workspace_size(void)
-{
-	return zlib_inflate_workspacesize();
-}
-
-/*
- * Raw deflate. QEMU writes with a window of 4 KiB, others with one of 32 KiB. The
- * output being full is what counts: the end mark of the stream may be missing.
- */
-static int qcow_zlib_unpack(void *workspace, const void *src, u32 src_len,
-			    void *dst, u32 dst_len)
-{
-	z_stream stream = {
-		.workspace = workspace,
-		.next_in = src,
-		.avail_in = src_len,
-		.next_out = dst,
-		.avail_out = dst_len,
-	};
-	int ret;
-
-	if (zlib_inflateInit2(&stream, -MAX_WBITS) != Z_OK)
-		return -EIO;
-	ret = zlib_inflate(&stream, Z_FINISH);
-	zlib_inflateEnd(&stream);
-	if (ret != Z_STREAM_END && ret != Z_BUF_ERROR)
-		return -EIO;
-	return stream.avail_out ? -EIO : 0;
-}
-
-static size_t qcow_zstd_workspace_size(void)
-{
-	return zstd_dctx_workspace_bound();
-}
-
-/*
- * One frame after the other until the cluster is full. Frame by frame the window
- * of the decoder is the output itself; as a stream each would need memory for the
- * window that its header asks for, which may be far more than a cluster.
- */
-static int qcow_zstd_unpack(void *workspace, const void *src, u32 src_len,
-			    void *dst, u32 dst_len)
-{
-	zstd_dctx *dctx = zstd_init_dctx(workspace, zstd_dctx_workspace_bound());
-	size_t frame, got;
-
-	if (!dctx)
-		return -EIO;
-	while (dst_len) {
-		frame = zstd_find_frame_compressed_size(src, src_len);
-		if (zstd_is_error(frame) || !frame || frame > src_len)
-			return -EIO;
-		got = zstd_decompress_dctx(dctx, dst, dst_len, src, frame);
-		if (zstd_is_error(got) || got > dst_len)
-			return -EIO;
-		src += frame;
-		src_len -= frame;
-		dst += got;
-		dst_len -= got;
-		cond_resched();
-	}
-	return 0;
-}
-
-static const struct qcow_codec qcow_codecs[] = {
-	[QCOW_COMPRESSION_ZLIB] = {
-		.workspace_size = qcow_zlib_workspace_size,
-		.unpack = qcow_zlib_unpack,
-	},
-	[QCOW_COMPRESSION_ZSTD] = {
-		.workspace_size = qcow_zstd_workspace_size,
-		.unpack = qcow_zstd_unpack,
-	},
-};
-
-/* header.c knows the same algorithms. */
-static const struct qcow_codec *qcow_codec(const struct qcow_image *image)
-{
-	return &qcow_codecs[image->header.compression_type];
-}
-
-/* ---- unpackers ----------------------------------------------------------- */
-
-/**
- * struct qcow_unpacker - what it takes to decompress a cluster
- * @workspace: of the algorithm
- * @data: the compressed data, whole pages
- * @vecs: the pages of @data
- */
-struct qcow_unpacker {
-	void *workspace;
-	void *data;
-	struct bio_vec vecs[];
-};
-
-/* The longest stream that an entry can describe, in whole pages. */
-static size_t qcow_unpacker_room(const struct qcow_unpack *unpack)
-{
-	return round_up(2UL << unpack->cluster_bits, PAGE_SIZE);
-}
-
-static void qcow_unpacker_destroy(struct qcow_unpacker *unpacker)
-{
-	kvfree(unpacker->workspace);
-	kvfree(unpacker->data);
-	kvfree(unpacker);
-}
-
-static struct qcow_unpacker *qcow_unpacker_create(struct qcow_unpack *unpack,
-						  gfp_t gfp)
-{
-	size_t room = qcow_unpacker_room(unpack);
-	struct qcow_unpacker *unpacker;
-	size_t i;
-
-	unpacker = kvzalloc(struct_size(unpacker, vecs, room >> PAGE_SHIFT), gfp);
-	if (!unpacker)
-		return NULL;
-	unpacker->workspace = kvmalloc(unpack->workspace_size, gfp);
-	unpacker->data = kvmalloc(room, gfp);
-	if (!unpacker->workspace || !unpacker->data) {
-		qcow_unpacker_destroy(unpacker);
-		return NULL;
-	}
-	for (i = 0; i < room >> PAGE_SHIFT; i++) {
-		void *page = unpacker->data + i * PAGE_SIZE;
-
-		unpacker->vecs[i].bv_page = is_vmalloc_addr(page) ?
-					    vmalloc_to_page(page) :
-					    virt_to_page(page);
-		unpacker->vecs[i].bv_len = PAGE_SIZE;
-	}
-	return unpacker;
-}
-
-/*
- * The pool asks first without waiting, and has an unpacker of its own if that
- * fails: this keeps one in use that is warm, and makes more only for those that
- * come at the same time.
- */
-static void *qcow_unpacker_pool_alloc(gfp_t gfp, void *data)
-{
-	struct qcow_unpacker *unpacker = NULL;
-	struct qcow_unpack *unpack = data;
-
-	if (!gfpflags_allow_blocking(gfp))
-		return NULL;
-	if (atomic_inc_return(&unpack->nr_unpackers) <= unpack->max_unpackers)
-		unpacker = qcow_unpacker_create(unpack, gfp);
-	if (!unpacker)
-		atomic_dec(&unpack->nr_unpackers);
-	return unpacker;
-}
-
-static void qcow_unpacker_pool_free(void *element, void *data)
-{
-	struct qcow_unpack *unpack = data;
-
-	qcow_unpacker_destroy(element);
-	atomic_dec(&unpack->nr_unpackers);
-}
 
 /* ---- decompressed clusters ----------------------------------------------- */
 
@@ -463,10 +278,9 @@ out:
 }
 
 static int qcow_unpack_fill(struct qcow_image *image,
-			    struct qcow_unpacker *unpacker,
+			    struct qcow_coder *unpacker,
 			    struct qcow_unpacked *unpacked)
 {
-	struct qcow_unpack *unpack = &image->cache->unpack;
 	u64 host_offset, start;
 	struct iov_iter iter;
 	u32 length, skip;
@@ -475,14 +289,14 @@ static int qcow_unpack_fill(struct qcow_image *image,
 	qcow_packed_range(image, unpacked->descriptor, &host_offset, &length);
 	start = round_down(host_offset, QCOW_SECTOR);
 	skip = host_offset - start;
-	iov_iter_bvec(&iter, ITER_DEST, unpacker->vecs,
-		      qcow_unpacker_room(unpack) >> PAGE_SHIFT, skip + length);
+	iov_iter_bvec(&iter, ITER_DEST, unpacker->vecs, unpacker->nr_vecs,
+		      skip + length);
 	err = qcow_file_rw(&image->file, &iter, start, 0);
 	if (!err) {
 		if (is_vmalloc_addr(unpacker->data))
 			invalidate_kernel_vmap_range(unpacker->data,
 						     skip + length);
-		err = qcow_codec(image)->unpack(unpacker->workspace,
+		err = qcow_codec(image)->unpack(unpacker,
 						unpacker->data + skip, length,
 						unpacked->data,
 						qcow_cluster_size(image));
@@ -496,7 +310,7 @@ static int qcow_unpack_fill(struct qcow_image *image,
 
 /* Decompress a cluster that has been inserted, and tell those who wait. */
 static void qcow_unpack_finish(struct qcow_image *image,
-			       struct qcow_unpacker *unpacker,
+			       struct qcow_coder *unpacker,
 			       struct qcow_unpacked *unpacked)
 {
 	struct qcow_unpack *unpack = &image->cache->unpack;
@@ -517,19 +331,19 @@ static struct qcow_unpacked *qcow_unpacked_get(struct qcow_image *image,
 {
 	struct qcow_unpack *unpack = &image->cache->unpack;
 	struct qcow_unpacked *unpacked, *fresh = NULL;
-	struct qcow_unpacker *unpacker = NULL;
+	struct qcow_coder *unpacker = NULL;
 	int err;
 
 	unpacked = qcow_unpacked_find(image, descriptor, NULL);
 	if (!unpacked) {
-		unpacker = mempool_alloc(&unpack->unpackers, GFP_NOIO);
+		unpacker = mempool_alloc(&unpack->unpackers.pool, GFP_NOIO);
 		fresh = qcow_unpacked_alloc(image);
 		unpacked = qcow_unpacked_find(image, descriptor, fresh);
 		if (unpacked == fresh)
 			qcow_unpack_finish(image, unpacker, fresh);
 		else
 			qcow_unpacked_free(unpack, fresh);
-		mempool_free(unpacker, &unpack->unpackers);
+		mempool_free(unpacker, &unpack->unpackers.pool);
 	}
 	wait_on_bit(&unpacked->state, QCOW_UNPACKED_READING,
 		    TASK_UNINTERRUPTIBLE);
@@ -637,7 +451,7 @@ int qcow_unpack_init(struct qcow_unpack *unpack, u64 limit)
 void qcow_unpack_exit(struct qcow_unpack *unpack)
 {
 	qcow_shrinker_unregister(&unpack->shrinker);
-	mempool_exit(&unpack->unpackers);
+	mempool_exit(&unpack->unpackers.pool);
 	mempool_exit(&unpack->spares);
 }
 
@@ -654,24 +468,21 @@ void qcow_unpack_exit(struct qcow_unpack *unpack)
 int qcow_unpack_reserve(struct qcow_image *image)
 {
 	struct qcow_unpack *unpack = &image->cache->unpack;
-	size_t workspace_size = qcow_codec(image)->workspace_size();
-	size_t bytes;
+	size_t workspace_size = qcow_codec(image)->unpack_size();
+	size_t room;
 
 	if (image->cluster_bits <= unpack->cluster_bits &&
-	    workspace_size <= unpack->workspace_size)
+	    workspace_size <= unpack->unpackers.workspace_size)
 		return 0;
-	mempool_exit(&unpack->unpackers);
+	mempool_exit(&unpack->unpackers.pool);
 	mempool_exit(&unpack->spares);
 	unpack->cluster_bits = max(unpack->cluster_bits, image->cluster_bits);
-	unpack->workspace_size = max(unpack->workspace_size, workspace_size);
+	workspace_size = max(workspace_size, unpack->unpackers.workspace_size);
 	unpack->limit = max(unpack->limit, (u64)QCOW_UNPACKED_MIN <<
 					   unpack->cluster_bits);
-	bytes = qcow_unpacker_room(unpack) + unpack->workspace_size;
-	unpack->max_unpackers = max_t(u32, QCOW_UNPACKERS_BYTES / bytes,
-				      QCOW_UNPACKERS_PER_CPU *
-				      num_online_cpus());
-	return mempool_init(&unpack->unpackers, 1, qcow_unpacker_pool_alloc,
-			    qcow_unpacker_pool_free, unpack) ?:
+	/* The longest stream that an entry can describe. */
+	room = 2UL << unpack->cluster_bits;
+	return qcow_coders_init(&unpack->unpackers, workspace_size, room) ?:
 	       mempool_init(&unpack->spares, 1, qcow_unpacked_pool_alloc,
 			    qcow_unpacked_pool_free, unpack);
 }

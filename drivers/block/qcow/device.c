@@ -108,6 +108,7 @@ static void qcow_device_describe(struct qcow_device *dev,
 	status->refcount_bits = 1U << image->header.refcount_order;
 	status->discard = dev->discard;
 	status->openers = disk_openers(dev->disk);
+	status->compress = qcow_compression(image);
 	spin_lock(&dev->cache->lock);
 	status->cache_size = dev->cache->count;
 	spin_unlock(&dev->cache->lock);
@@ -605,7 +606,8 @@ int qcow_device_attach(const struct qcow_attach *args,
 	err = qcow_device_open_chain(dev, args, layers, snapshot, msg);
 	if (err)
 		goto err_files;
-	err = qcow_requests_init(dev);
+	err = qcow_pack_init(dev->chain->layers[0], args->compress, msg) ?:
+	      qcow_requests_init(dev);
 	if (err)
 		goto err_requests;
 	err = qcow_device_alloc_disk(dev);

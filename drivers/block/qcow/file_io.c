@@ -434,6 +434,26 @@ int qcow_file_punch(struct qcow_file *f, u64 pos, u64 len)
 }
 
 /**
+ * qcow_file_allocate - take the space for a later write
+ * @f: the file
+ * @pos: where, bytes
+ * @len: bytes
+ *
+ * What is there stays. Where the file system cannot do that, nothing is done.
+ *
+ * Return: 0, -ENOSPC or -EDQUOT.
+ */
+int qcow_file_allocate(struct qcow_file *f, u64 pos, u64 len)
+{
+	int err;
+
+	if (f->bdev)
+		return 0;
+	err = vfs_fallocate(f->file, FALLOC_FL_KEEP_SIZE, pos, len);
+	return err == -ENOSPC || err == -EDQUOT ? err : 0;
+}
+
+/**
  * qcow_file_truncate - set the length of a regular file
  * @f: the file
  * @size: bytes

@@ -330,6 +330,7 @@ static void qcow_image_free(struct qcow_image *image)
 	}
 	qcow_cache_drop_all(image);
 	qcow_unpack_drop_all(image);
+	qcow_pack_exit(image);
 	xa_destroy(&image->metadata);
 	kvfree(image->known);
 	mempool_exit(&image->free_pool);
@@ -371,6 +372,7 @@ static struct qcow_image *qcow_image_alloc(u32 format, bool writable,
 	mutex_init(&image->table_mutex);
 	mutex_init(&image->commit_mutex);
 	mutex_init(&image->reclaim_mutex);
+	mutex_init(&image->pack_mutex);
 	mutex_init(&image->copy_mutex);
 	mutex_init(&image->alloc_mutex);
 	mutex_init(&image->header_mutex);

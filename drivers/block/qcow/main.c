@@ -70,9 +70,12 @@ static int qcow_attach_check(const struct qcow_attach *args)
 {
 	bool snapshot = args->snapshot;
 
-	if (snapshot != !!args->snapshot_size || args->reserved ||
+	if (snapshot != !!args->snapshot_size ||
 	    args->snapshot_size > QCOW_MAX_SNAPSHOT_NAME ||
 	    (snapshot && !(args->flags & QCOW_ATTACH_READ_ONLY)))
+		return -EINVAL;
+	if (args->compress > QCOW_COMPRESS_ZSTD ||
+	    (args->compress && args->flags & QCOW_ATTACH_READ_ONLY))
 		return -EINVAL;
 	if (args->flags & ~QCOW_ATTACH_FLAGS_ALL || args->index < -1 ||
 	    args->discard > QCOW_DISCARD_KEEP ||
@@ -188,7 +191,7 @@ static int qcow_ctl_status(void __user *arg)
 	err = qcow_copy_in(&args, sizeof(args), arg, &user_size);
 	if (err)
 		return err;
-	if (args.reserved || args.reserved2)
+	if (args.reserved2)
 		return -EINVAL;
 	if (args.index < 0)
 		return -ENODEV;

@@ -4,8 +4,8 @@
  *
  * Dependencies point one way:
  *
- *	main -> device -> request -> cluster -> map -> refcount -> commit
- *	                             -> compress -> table_cache -> file_io
+ *	main -> device -> request -> discard, pack -> cluster -> map -> refcount
+ *	        -> commit -> compress -> codec -> table_cache -> file_io
  *
  * From cluster on down nothing knows of requests or disks: those files work on
  * an image, which may as well be a file in memory that a unit test made.
@@ -15,6 +15,7 @@
  *	disk->open_mutex
  *	range lock on guest clusters (qcow_range_lock)
  *	image->table_mutex	making and copying L2 tables
+ *	image->pack_mutex	writing compressed data
  *	image->reclaim_mutex	freeing clusters
  *	image->commit_mutex	one commit at a time
  *	image->copy_mutex	the buffer for copies when memory is short
@@ -137,8 +138,64 @@ int qcow_file_write(struct qcow_file *f, const void *buf, size_t len,
 int qcow_file_write_zeroes(struct qcow_file *f, u64 len, loff_t pos);
 int qcow_file_sync(struct qcow_file *f);
 int qcow_file_punch(struct qcow_file *f, u64 pos, u64 len);
+int qcow_file_allocate(struct qcow_file *f, u64 pos, u64 len);
 int qcow_file_truncate(struct qcow_file *f, u64 size);
 unsigned int qcow_zero_bvecs(struct bio_vec *bvec, unsigned int room, u64 len);
+
+/* ---- codec.c: compression algorithms -------------------------------------- */
+
+/**
+ * struct qcow_coder - what it takes to compress or decompress a cluster
+ * @workspace: of the algorithm
+ * @workspace_size: bytes
+ * @data: what is compressed or going to be, whole pages
+ * @nr_vecs: how many
+ * @vecs: the pages of @data
+ */
+struct qcow_coder {
+	void *workspace;
+	size_t workspace_size;
+	void *data;
+	unsigned int nr_vecs;
+	struct bio_vec vecs[];
+};
+
+/**
+ * struct qcow_coders - some of them, all of the same size
+ * @pool: has one, and lends it and others
+ * @workspace_size: of each, bytes
+ * @room: for data in each, bytes
+ * @nr: how many there are
+ * @max: how many there may be
+ */
+struct qcow_coders {
+	mempool_t pool;
+	size_t workspace_size;
+	size_t room;
+	atomic_t nr;
+	u32 max;
+};
+
+/**
+ * struct qcow_codec - a compression algorithm
+ * @unpack_size: bytes that it needs to decompress
+ * @unpack: fill @dst with exactly @dst_len bytes from the stream at @src, which
+ *	ends somewhere before @src_len; 0 or -EIO
+ * @pack_size: bytes that it needs to compress a cluster
+ * @pack: compress @src; the length of the stream, or 0 if @dst_len is too short
+ */
+struct qcow_codec {
+	size_t (*unpack_size)(void);
+	int (*unpack)(struct qcow_coder *coder, const void *src, u32 src_len,
+		      void *dst, u32 dst_len);
+	size_t (*pack_size)(u32 cluster_size);
+	u32 (*pack)(struct qcow_coder *coder, const void *src, u32 src_len,
+		    void *dst, u32 dst_len);
+};
+
+const struct qcow_codec *qcow_codec(const struct qcow_image *image);
+int qcow_coders_init(struct qcow_coders *coders, size_t workspace_size,
+		     size_t room);
 
 /* ---- compress.c: decompressed clusters ----------------------------------- */
 
@@ -152,10 +209,7 @@ unsigned int qcow_zero_bvecs(struct bio_vec *bvec, unsigned int room, u64 len);
  * @bytes: what they are charged with
  * @limit: most that @bytes should reach
  * @cluster_bits: of the largest clusters of any of the images
- * @workspace_size: bytes that each of their algorithms can do with
- * @nr_unpackers: how many there are
- * @max_unpackers: how many there may be
- * @unpackers: what it takes to decompress a cluster
+ * @unpackers: what it takes to decompress a cluster of any of them
  * @spares: memory for a cluster, set aside
  * @shrinker: gives clusters back under pressure
  */
@@ -166,10 +220,7 @@ struct qcow_unpack {
 	u64 bytes;
 	u64 limit;
 	u32 cluster_bits;
-	size_t workspace_size;
-	atomic_t nr_unpackers;
-	u32 max_unpackers;
-	mempool_t unpackers;
+	struct qcow_coders unpackers;
 	mempool_t spares;
 	struct qcow_shrinker shrinker;
 };
@@ -402,6 +453,7 @@ struct qcow_image {
 	u64 reftable_offset;
 	u32 reftable_clusters;
 	u64 alloc_cursor;		/* cluster number where to look first */
+	u64 pack_offset;		/* where compressed data goes on, or 0 */
 	u64 pending_first;		/* refcount blocks [first, end) exist but */
 	u64 pending_end;		/* are not reachable on disk yet */
 	u64 refblocks_known;		/* those up to here exist, as far as seen */
@@ -415,6 +467,9 @@ struct qcow_image {
 	void *header_scratch;		/* QCOW_SECTOR, header_mutex */
 	u64 incompatible;		/* features in it, header_mutex */
 	bool dirty_bit;			/* is among them, durably */
+	struct mutex pack_mutex;	/* writing compressed data */
+	void *pack_tail;		/* the sector with @pack_offset, pack_mutex */
+	struct qcow_coders packers;	/* to compress with, if it is to be done */
 	struct mutex copy_mutex;	/* @copy_buf */
 	void *copy_buf;			/* QCOW_BLOCK_SIZE, copy_mutex */
 
@@ -650,6 +705,8 @@ int qcow_refcount_get(struct qcow_image *image, u64 cluster, u64 *count);
 int qcow_refcount_drop(struct qcow_image *image, u64 cluster);
 int qcow_alloc_clusters(struct qcow_image *image, u64 want, u64 *cluster,
 			u64 *got, bool *zeroed);
+int qcow_alloc_bytes(struct qcow_image *image, u32 size, u64 *host_offset);
+void qcow_alloc_forget(struct qcow_image *image, u64 cluster, u64 count);
 
 /* ---- map.c: from guest offsets to extents ------------------------------- */
 
@@ -757,6 +814,17 @@ int qcow_chain_read(struct qcow_chain *chain, u64 guest_offset, u64 length,
 
 /* ---- cluster.c: changing the mapping ------------------------------------ */
 
+void qcow_range_lock(struct qcow_image *image, struct qcow_range *range,
+		     u64 first, u64 last);
+void qcow_range_unlock(struct qcow_image *image, struct qcow_range *range);
+struct qcow_block *qcow_l2_for_write(struct qcow_image *image, u64 guest_offset,
+				     unsigned int *index);
+void qcow_l2_release(struct qcow_image *image, struct qcow_block *block);
+void qcow_frees_add_entry(struct qcow_image *image, struct list_head *frees,
+			  struct qcow_l2_entry entry, bool punch);
+void qcow_frees_discard(struct qcow_image *image, struct list_head *frees);
+void qcow_frees_queue_locked(struct qcow_image *image, struct list_head *frees);
+
 /* Head or tail up to this long are written together with the guest's data. */
 #define QCOW_MERGE_FILL		(128U << 10)
 
@@ -811,6 +879,22 @@ int qcow_write_begin(struct qcow_chain *chain, u64 guest_offset, u64 length,
 void qcow_write_end(struct qcow_write *write, int error);
 int qcow_fill_write(struct qcow_image *image, const struct qcow_fill *fill,
 		    u64 host_offset);
+
+/* ---- pack.c: writing compressed clusters --------------------------------- */
+
+/* Any request may be this long, whatever its memory looks like. */
+#define QCOW_MAX_PACKED_CLUSTER	(512U << 10)
+
+int qcow_pack_init(struct qcow_image *image, u32 compress,
+		   struct qcow_message *msg);
+void qcow_pack_exit(struct qcow_image *image);
+int qcow_pack_write(struct qcow_image *image, u64 guest_offset,
+		    struct iov_iter *data);
+
+u32 qcow_compression(const struct qcow_image *image);
+
+/* ---- discard.c: zeroes and discard --------------------------------------- */
+
 int qcow_write_zeroes(struct qcow_chain *chain, u64 guest_offset, u64 length,
 		      bool unmap);
 int qcow_discard(struct qcow_chain *chain, u64 guest_offset, u64 length,

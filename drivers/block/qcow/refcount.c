@@ -20,6 +20,9 @@
  * count it, and then one write of 12 bytes in the header makes all of it
  * reachable.
  *
+ * Bytes for compressed data come from clusters that are shared by what is packed
+ * into them; see qcow_alloc_bytes().
+ *
  * Known zero: space that was added to the file since attach, and that was never
  * handed out, reads as zeroes, since growing a file adds zeroes. Nothing else
  * does, not even what has a count of zero.
@@ -111,6 +114,12 @@ void qcow_refcount_store(void *block, u32 order, u64 index, u64 count)
 		((__be64 *)block)[index] = cpu_to_be64(count);
 		break;
 	}
+}
+
+/* The highest count that a width has room for. */
+static u64 qcow_refcount_max(u32 order)
+{
+	return U64_MAX >> (64 - (1U << order));
 }
 
 static u64 qcow_reftable_entries(const struct qcow_image *image)
@@ -430,6 +439,10 @@ static int qcow_refblocks_create(struct qcow_image *image, u64 first)
 	err = qcow_block_prepare(table);
 	if (err)
 		goto out_put;
+	err = qcow_file_allocate(&image->file, table->host_offset,
+				 qcow_block_size(image));
+	if (err)
+		goto out_unprepare;
 
 	mutex_lock(&image->alloc_mutex);
 	if (image->reftable_offset != table_offset)
@@ -454,6 +467,7 @@ static int qcow_refblocks_create(struct qcow_image *image, u64 first)
 		err = 0;
 out_unlock:
 	mutex_unlock(&image->alloc_mutex);
+out_unprepare:
 	qcow_block_unprepare(table);
 out_put:
 	qcow_block_put(table);
@@ -806,4 +820,112 @@ int qcow_alloc_clusters(struct qcow_image *image, u64 want, u64 *cluster,
 			    *got << image->cluster_bits, 0);
 	qcow_refblocks_ahead(image, *cluster + *got);
 	return 0;
+}
+
+/* One reference more; -ERANGE if the width of the counts has no room for it. */
+static int qcow_refcount_add(struct qcow_image *image, u64 cluster)
+{
+	struct qcow_block *block;
+	u64 index, count;
+	int err;
+
+	lockdep_assert_held(&image->alloc_mutex);
+	block = qcow_counts_block(image, cluster, &index);
+	if (IS_ERR_OR_NULL(block))
+		return block ? PTR_ERR(block) : -EIO;
+	count = qcow_refcount_load(block->data, image->refcount_order, index);
+	if (count == qcow_refcount_max(image->refcount_order))
+		err = -ERANGE;
+	else
+		err = qcow_counts_set(image, block, index, 1, count + 1);
+	qcow_block_put(block);
+	return err;
+}
+
+/*
+ * Is there room for @size bytes behind the last ones, in the same cluster or in
+ * that and @next, which is the caller's? Then take it.
+ */
+static bool qcow_pack_here(struct qcow_image *image, u32 size, u64 next,
+			   u64 *host_offset)
+{
+	u64 offset = image->pack_offset;
+	u64 end = offset + size;
+
+	lockdep_assert_held(&image->alloc_mutex);
+	if (!offset)
+		return false;
+	if (end > round_up(offset, (u64)qcow_cluster_size(image)) &&
+	    next != (offset >> image->cluster_bits) + 1)
+		return false;
+	if (qcow_refcount_add(image, offset >> image->cluster_bits)) {
+		image->pack_offset = 0;
+		return false;
+	}
+	*host_offset = offset;
+	image->pack_offset = end & (qcow_cluster_size(image) - 1) ? end : 0;
+	return true;
+}
+
+/**
+ * qcow_alloc_bytes - take room for compressed data
+ * @image: a writable image
+ * @size: bytes, 1 to one less than a cluster
+ * @host_offset: out: anywhere in a cluster
+ *
+ * Compressed clusters are packed one behind the other, over the border of two host
+ * clusters where these follow each other; each counts once in all that it touches.
+ * What lies behind in the last one is free, and goes to the next caller. Packing
+ * goes on only in clusters that were taken since the attach. One that may be freed
+ * is forgotten (qcow_alloc_forget): between two callers it has no reference of its
+ * own.
+ *
+ * Context: as for qcow_alloc_clusters(); one caller at a time.
+ *
+ * Return: 0; -ENOSPC; or another errno.
+ */
+int qcow_alloc_bytes(struct qcow_image *image, u32 size, u64 *host_offset)
+{
+	u64 cluster, got;
+	bool done, zeroed;
+	int err;
+
+	err = qcow_image_stale_counts(image);
+	if (err)
+		return err;
+	mutex_lock(&image->alloc_mutex);
+	done = qcow_pack_here(image, size, 0, host_offset);
+	mutex_unlock(&image->alloc_mutex);
+	if (done)
+		return 0;
+
+	err = qcow_alloc_clusters(image, 1, &cluster, &got, &zeroed);
+	if (err)
+		return err;
+	mutex_lock(&image->alloc_mutex);
+	if (!qcow_pack_here(image, size, cluster, host_offset)) {
+		*host_offset = cluster << image->cluster_bits;
+		image->pack_offset = *host_offset + size;
+	}
+	mutex_unlock(&image->alloc_mutex);
+	return 0;
+}
+
+/**
+ * qcow_alloc_forget - do not pack any further into clusters
+ * @image: a writable image
+ * @cluster: host cluster number of the first one
+ * @count: how many
+ *
+ * Context: may sleep; takes alloc_mutex.
+ */
+void qcow_alloc_forget(struct qcow_image *image, u64 cluster, u64 count)
+{
+	u64 packing;
+
+	mutex_lock(&image->alloc_mutex);
+	packing = image->pack_offset >> image->cluster_bits;
+	if (packing >= cluster && packing < cluster + count)
+		image->pack_offset = 0;
+	mutex_unlock(&image->alloc_mutex);
 }

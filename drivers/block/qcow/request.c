@@ -425,23 +425,52 @@ static int qcow_write_mapping(struct qcow_segment *seg, u64 guest_offset,
 	return 0;
 }
 
+/* What of a range is in its first cluster, and is that the whole cluster? */
+static u64 qcow_first_cluster(const struct qcow_image *image, u64 guest_offset,
+			      u64 length, bool *whole)
+{
+	u64 mask = qcow_cluster_size(image) - 1;
+	u64 end = min((guest_offset | mask) + 1, image->size);
+	u64 piece = min(length, end - guest_offset);
+
+	*whole = !(guest_offset & mask) && guest_offset + piece == end;
+	return piece;
+}
+
+/* Write a piece of a request compressed; 1 if it is to be written plainly. */
+static int qcow_write_packed(struct qcow_request *req, u64 guest_offset,
+			     u64 skip, u64 length)
+{
+	struct iov_iter iter;
+	int err;
+
+	BUILD_BUG_ON(QCOW_MAX_SEGMENTS * 4096 < QCOW_MAX_PACKED_CLUSTER);
+	qcow_request_iter(req, &iter, skip, length);
+	err = qcow_pack_write(qcow_request_image(req), guest_offset, &iter);
+	if (!err && blk_mq_rq_from_pdu(req)->cmd_flags & REQ_FUA)
+		req->commit = true;
+	return err;
+}
+
 static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 {
 	bool fua = blk_mq_rq_from_pdu(req)->cmd_flags & REQ_FUA;
 	struct qcow_image *image = qcow_request_image(req);
+	bool pack = qcow_compression(image);
 	struct qcow_extent extent;
 	struct qcow_segment *seg;
-	u64 skip, done;
+	u64 skip, piece, done;
+	bool whole;
 	int err;
 
 	for (skip = 0; skip < length; skip += done) {
 		err = qcow_image_error(image);
 		if (err)
 			return err;
+		piece = length - skip;
 		seg = qcow_segment_alloc(req, skip);
 		seg->epoch = qcow_image_enter(image);
-		err = qcow_map_layer(image, guest_offset + skip, length - skip,
-				     &extent);
+		err = qcow_map_layer(image, guest_offset + skip, piece, &extent);
 		if (!err && extent.in_place)
 			err = qcow_overlap_check_data(image, extent.host_offset,
 						      extent.length);
@@ -459,9 +488,21 @@ static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 		}
 		qcow_image_exit(image, seg->epoch);
 		done = 0;
-		if (!err)
+		if (!err && pack) {
+			piece = qcow_first_cluster(image, guest_offset + skip,
+						   piece, &whole);
+			err = whole ? qcow_write_packed(req, guest_offset + skip,
+							skip, piece) : 1;
+			if (!err) {
+				done = piece;
+				mempool_free(seg, &req->dev->segments);
+				continue;
+			}
+		}
+		/* 1: it has to be written plainly. */
+		if (err >= 0)
 			err = qcow_write_mapping(seg, guest_offset + skip,
-						 length - skip, &done);
+						 piece, &done);
 		if (err)
 			mempool_free(seg, &req->dev->segments);
 		if (err < 0)

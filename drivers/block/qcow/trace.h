@@ -44,6 +44,12 @@ DEFINE_EVENT(qcow_host, qcow_unpack,
 		 int error),
 	TP_ARGS(image, host_offset, length, error));
 
+/* A compressed cluster was written; it may begin and end within a sector. */
+DEFINE_EVENT(qcow_host, qcow_pack,
+	TP_PROTO(const struct qcow_image *image, u64 host_offset, u64 length,
+		 int error),
+	TP_ARGS(image, host_offset, length, error));
+
 /* A run of dirty blocks was written by a commit. */
 DEFINE_EVENT(qcow_host, qcow_write_out,
 	TP_PROTO(const struct qcow_image *image, u64 host_offset, u64 length,

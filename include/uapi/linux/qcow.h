@@ -44,6 +44,12 @@
 #define QCOW_IO_DIRECT		1	/* direct, or the attach fails (EINVAL) */
 #define QCOW_IO_BUFFERED	2	/* through the page cache */
 
+/* How new clusters that are written as a whole are compressed */
+#define QCOW_COMPRESS_NONE	0	/* not at all */
+#define QCOW_COMPRESS_IMAGE	1	/* as the image's header says; attach only */
+#define QCOW_COMPRESS_ZLIB	2	/* so, or the attach fails (EINVAL) */
+#define QCOW_COMPRESS_ZSTD	3	/* likewise */
+
 #define QCOW_LAYER_DATA_FILE	(1U << 0)	/* @data_fd is given */
 #define QCOW_LAYER_FLAGS_ALL	(QCOW_LAYER_DATA_FILE)
 
@@ -83,7 +89,7 @@ struct qcow_layer {
  * @snapshot: pointer to the ID or the name of the internal snapshot to show in
  *            place of the disk, needs QCOW_ATTACH_READ_ONLY; or 0
  * @snapshot_size: its length in bytes, without a terminator; not 0 with @snapshot
- * @reserved: 0
+ * @compress: QCOW_COMPRESS_*; not with QCOW_ATTACH_READ_ONLY
  *
  * On return the block device exists with its size, and its partitions have been
  * scanned.
@@ -102,7 +108,7 @@ struct qcow_attach {
 	__u64 message;
 	__u64 snapshot;
 	__u32 snapshot_size;
-	__u32 reserved;
+	__u32 compress;
 };
 
 #define QCOW_DETACH_DEFERRED	(1U << 0)	/* when the last opener closes */
@@ -147,7 +153,7 @@ struct qcow_detach {
  * @refcount_bits: out: width of a reference count
  * @discard: out: QCOW_DISCARD_*
  * @openers: out: how often the device and its partitions are open now
- * @reserved: 0
+ * @compress: out: QCOW_COMPRESS_NONE, _ZLIB or _ZSTD
  * @cache_size: out: bytes of cached tables
  * @cache_limit: out: most bytes of cached tables
  * @reads: out: read requests
@@ -177,7 +183,7 @@ struct qcow_status {
 	__u32 refcount_bits;
 	__u32 discard;
 	__u32 openers;
-	__u32 reserved;
+	__u32 compress;
 	__u64 cache_size;
 	__u64 cache_limit;
 	__u64 reads;
