@@ -62,7 +62,8 @@ static bool qcow_file_can_direct(struct file *file)
  *
  * Return: 0; -EINVAL for something that is neither file nor block device, or
  * that cannot do the I/O asked for; -EBADF if the file is not open for what is
- * needed; -ETXTBSY if somebody has a file open for writing that must not change.
+ * needed; -EROFS for a block device that takes no writes; -ETXTBSY if somebody has
+ * a file open for writing that must not change.
  */
 int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 		   u32 io_mode, struct qcow_message *msg)
@@ -93,6 +94,12 @@ int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 	if (S_ISBLK(inode->i_mode) && bdev_is_zoned(I_BDEV(inode))) {
 		qcow_message_set(msg, "%pD is a zoned block device", file);
 		return -EINVAL;
+	}
+	if (writable && S_ISBLK(inode->i_mode) &&
+	    bdev_read_only(I_BDEV(inode))) {
+		qcow_message_set(msg, "%pD is a read-only block device; attach it read-only",
+				 file);
+		return -EROFS;
 	}
 
 	/*
