@@ -75,6 +75,19 @@ attach --data-file=data.raw "$PWD/x.qcow2"
 is "it is, where the name is given" "$(cluster 1)" 42
 detach
 
+# What is raw has no backing file: not in the header, where QEMU puts none.
+rm -f over.qcow2
+truncate -s 1M below.raw
+qemu-img create -q -f qcow2 -b below.raw -F raw -o data_file=over.raw over.qcow2
+attach --read-only "$PWD/over.qcow2" && pass "a data file and a backing file"
+detach
+put_bytes over.qcow2 88 0000000000000002
+for option in --read-only ''; do
+	not_ok "a raw data file and a backing file are refused${option:+, $option}" \
+		try_attach ${option:+"$option"} "$PWD/over.qcow2"
+	like "and that is said${option:+, $option}" "$(<"$WORK/.err")" 'raw.*backing'
+done
+
 # A file that is too short
 cp good.qcow2 x.qcow2
 truncate -s 65000 data.raw

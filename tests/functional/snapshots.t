@@ -122,5 +122,43 @@ detach
 shows "after writes to the disk" size.qcow2 small small.raw
 ok "the image is clean" is_clean size.qcow2
 
+# The flag COPIED in a snapshot's tables means nothing, there or not.
+word() {
+	echo $((0x$(od -An -v -tx8 --endian=big -j "$2" -N 8 "$1" | tr -d ' ')))
+}
+# copied FILE OFFSET ENTRIES: turns the flag of each entry that has an offset
+copied() {
+	local i entry
+
+	for ((i = 0; i < $3; i++)); do
+		entry=$(word "$1" $(($2 + 8 * i)))
+		if ((entry & 0xfffffffffffe00)); then
+			put_bytes "$1" $(($2 + 8 * i)) "$(printf %016x $((entry ^ 1 << 63)))"
+		fi
+	done
+}
+qemu-img create -q -f qcow2 flags.qcow2 4M
+qemu-io -f qcow2 -c 'write -q -P 1 0 1M' -c 'write -q -z 512k 64k' flags.qcow2
+qemu-img snapshot -c old flags.qcow2
+qemu-img convert -f qcow2 -O raw flags.qcow2 old.raw
+# Half of it is no longer shared, nor is the L2 table.
+qemu-io -f qcow2 -c 'write -q -P 2 256k 512k' flags.qcow2
+l1=$(word flags.qcow2 "$(word flags.qcow2 64)")
+l2=$(($(word flags.qcow2 "$l1") & 0xfffffffffffe00))
+copied flags.qcow2 "$l2" 64
+copied flags.qcow2 "$l1" 1
+qemu-img convert -f qcow2 -O raw flags.qcow2 now.raw
+shows "with other flags" flags.qcow2 old old.raw
+attach flags.qcow2
+ok "the disk beside a snapshot with other flags" qcow-diff --quiet --seed 8 --ops 300 \
+	--max-io 128k --mirror-in now.raw --mirror-out mirror.raw "$DEV"
+detach
+check_clean flags.qcow2 "a snapshot with other flags"
+same mirror.raw raw flags.qcow2 qcow2 "beside a snapshot with other flags"
+shows "with other flags, after writes to the disk" flags.qcow2 old old.raw
+ok "QEMU goes back to it" qemu-img snapshot -a old flags.qcow2
+same old.raw raw flags.qcow2 qcow2 "gone back"
+check_clean flags.qcow2 "gone back"
+
 no_kernel_report
 done_testing
