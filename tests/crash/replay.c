@@ -8,7 +8,8 @@
  * completed flush covers, and of the writes after that any subset, torn at any
  * sector (with --file at any block of the file system). Each must pass `qemu-img
  * check` (leaks are allowed), and each sector of the disk in it must hold what was
- * durable or what was written after.
+ * durable or what was written after. Where the dirty bit is set, that is so after
+ * `qemu-img check -r all`, which must leave nothing to complain of.
  *
  * The log: dm-log-writes puts a write into it when the next flush completes
  * (with FUA: when the write completes), then the flush, then the mark that
@@ -75,6 +76,7 @@ static struct {
 	const char *initial;
 	const char *scratch;
 	const char *file;
+	const char *data;
 	const char *name;
 	uint64_t states;
 	uint64_t seed;
@@ -291,16 +293,42 @@ static int run(const char *fmt, ...)
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 255;
 }
 
-/* Checks state[]; @clock: requests that completed before are durable. */
-static bool check_state(uint64_t k, uint64_t clock)
+static void show(const char *out)
 {
-	char image[512], raw[512], out[512], path[480], what[32];
-	int status;
+	fflush(stdout);
+	run("head -n 20 '%s' | sed 's/^/# /'", out);
+}
+
+/* Is the dirty bit set in the header of the image @path? */
+static bool is_dirty(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	unsigned char c = 0;
+
+	if (fd < 0 || pread(fd, &c, 1, 79) != 1)
+		c = 0;
+	close(fd);
+	return c & 1;
+}
+
+/*
+ * Checks state[]; @clock: requests that completed before are durable. *@dirty
+ * counts those with the dirty bit.
+ */
+static bool check_state(uint64_t k, uint64_t clock, unsigned int *dirty)
+{
+	char image[512], data[512], raw[512], out[512], path[480], what[32];
+	char opened[1200];
+	int status, leaks = 3;
 	bool good = true;
 
 	snprintf(what, sizeof(what), "state %" PRIu64, k);
 	snprintf(path, sizeof(path), "%s/%s.%" PRIu64, opt.scratch, opt.name, k);
 	snprintf(image, sizeof(image), "%s.image", path);
+	snprintf(data, sizeof(data), "%s.data", path);
+	snprintf(opened, sizeof(opened), "driver=qcow2,file.filename=%s%s%s", image,
+		 opt.data ? ",data-file.driver=file,data-file.filename=" : "",
+		 opt.data ? data : "");
 	snprintf(raw, sizeof(raw), "%s.raw", path);
 	snprintf(out, sizeof(out), "%s.out", path);
 	if (opt.file) {
@@ -313,23 +341,36 @@ static bool check_state(uint64_t k, uint64_t clock)
 		}
 		status = run("debugfs -R 'dump \"%s\" \"%s\"' '%s' >'%s' 2>&1",
 			     opt.file, image, path, out);
+		if (opt.data)
+			status = run("debugfs -R 'dump \"%s\" \"%s\"' '%s' >'%s' 2>&1",
+				     opt.data, data, path, out);
 		unlink(path);
 	} else {
 		save(image, state, storage_size);
 	}
-	status = run("qemu-img check -f qcow2 '%s' >'%s' 2>&1", image, out);
-	if (status && status != 3) {
+	if (is_dirty(image)) {
+		++*dirty;
+		leaks = 0;
+		status = run("qemu-img check -r all --image-opts '%s' >'%s' 2>&1",
+			     opened, out);
+		if (status || is_dirty(image)) {
+			printf("# state %" PRIu64 ": qemu-img check -r all gives %d\n",
+			       k, status);
+			show(out);
+			good = false;
+		}
+	}
+	status = run("qemu-img check --image-opts '%s' >'%s' 2>&1", opened, out);
+	if (status && status != leaks) {
 		printf("# state %" PRIu64 ": qemu-img check gives %d\n", k, status);
-		fflush(stdout);
-		run("head -n 20 '%s' | sed 's/^/# /'", out);
+		show(out);
 		good = false;
 	}
-	status = run("qemu-img convert -f qcow2 -O raw '%s' '%s' >'%s' 2>&1", image,
-		     raw, out);
+	status = run("qemu-img convert --image-opts -O raw '%s' '%s' >'%s' 2>&1",
+		     opened, raw, out);
 	if (status) {
 		printf("# state %" PRIu64 ": the image cannot be read\n", k);
-		fflush(stdout);
-		run("head -n 20 '%s' | sed 's/^/# /'", out);
+		show(out);
 		good = false;
 	} else if (!check_disk(raw, clock, what)) {
 		good = false;
@@ -338,6 +379,7 @@ static bool check_state(uint64_t k, uint64_t clock)
 		unlink(image);
 	else
 		printf("# state %" PRIu64 " is kept: %s\n", k, image);
+	unlink(data);
 	unlink(raw);
 	unlink(out);
 	return good;
@@ -349,7 +391,7 @@ static bool check_state(uint64_t k, uint64_t clock)
 static unsigned int run_states(unsigned int part)
 {
 	uint64_t k, clock = 0;
-	unsigned int bad = 0;
+	unsigned int bad = 0, dirty = 0;
 	size_t applied = 0, seen = 0;
 
 	for (k = 0; k < opt.states; k++) {
@@ -386,7 +428,7 @@ static unsigned int run_states(unsigned int part)
 		}
 		rng = mix64(opt.seed ^ mix64(k));
 		way = make_state(e);
-		if (check_state(k, clock))
+		if (check_state(k, clock, &dirty))
 			continue;
 		bad++;
 		printf("# state %" PRIu64 ": epoch %zu of %zu, entries %zu to %zu of %zu, kept: %s\n",
@@ -396,6 +438,9 @@ static unsigned int run_states(unsigned int part)
 		if (bad >= 5)
 			break;
 	}
+	if (dirty)
+		printf("# %u states were marked dirty\n", dirty);
+	fflush(stdout);
 	return bad;
 }
 
@@ -407,7 +452,8 @@ int main(int argc, char **argv)
 		{ "scratch", 1, NULL, 's' }, { "states", 1, NULL, 'n' },
 		{ "seed", 1, NULL, 'r' }, { "jobs", 1, NULL, 'j' },
 		{ "only", 1, NULL, 'o' }, { "file", 1, NULL, 'f' },
-		{ "name", 1, NULL, 'm' }, { "forget-flush", 0, NULL, 'F' },
+		{ "name", 1, NULL, 'm' }, { "data", 1, NULL, 'd' },
+		{ "forget-flush", 0, NULL, 'F' },
 		{ NULL, 0, NULL, 0 },
 	};
 	uint64_t skipped = 0, size, k;
@@ -434,6 +480,9 @@ int main(int argc, char **argv)
 			break;
 		case 'f':
 			opt.file = optarg;
+			break;
+		case 'd':
+			opt.data = optarg;
 			break;
 		case 'm':
 			opt.name = optarg;
@@ -462,6 +511,7 @@ int main(int argc, char **argv)
 			"usage: replay --log FILE --base STORAGE --history FILE [--initial RAW]\n"
 			"  [--states N] [--seed N] [--jobs N] [--scratch DIR] [--name NAME]\n"
 			"  [--file PATH]    the image is this file of an ext4 on the storage\n"
+			"  [--data PATH]    and this one is its external data file\n"
 			"  [--only STATE]   only this one, and keep its image if it fails\n"
 			"  [--forget-flush] expect too much (to test this program)\n");
 		return 2;

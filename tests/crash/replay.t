@@ -5,7 +5,8 @@
 # timeout: 1800
 
 # usage: replay.t [CASE]...
-# QCOW_STATES=N states of each case (200), QCOW_SEED=N another load,
+# QCOW_SOAK=1 adds cases, and makes more states of each.
+# QCOW_STATES=N states of each case (60), QCOW_SEED=N another load,
 # QCOW_KERNEL=NAME another kernel, QCOW_KEEP=DIR keeps what was recorded.
 
 # shellcheck source=tests/functional/common.sh
@@ -13,7 +14,7 @@
 
 crash=$(cd "$(dirname "$0")" && pwd)
 tree=$(cd "$crash/../.." && pwd)
-states=${QCOW_STATES:-200}
+states=${QCOW_STATES:-60}
 seed=${QCOW_SEED:-1}
 kernel=${QCOW_KERNEL:-6.1}
 ops=${QCOW_OPS:-1200}
@@ -25,15 +26,26 @@ fi
 
 # NAME  MODE  SIZE  IMAGE-OPTIONS  CHAIN  QCOW-DIFF-OPTIONS
 CASES=(
-	'block-64k block 12M cluster_size=64k none --jobs 1'
-	'block-512 block 4M cluster_size=512 none --jobs 1 --max-io 128k'
+	'block-64k-lazy block 12M cluster_size=64k,lazy_refcounts=on none --jobs 1'
+	'block-512-rc64-overlay block 4M cluster_size=512,refcount_bits=64 raw --jobs 1 --max-io 128k'
 	'block-4k-jobs block 12M cluster_size=4k none --jobs 4 --max-io 256k'
-	'block-64k-overlay-snapshot block 12M cluster_size=64k raw+snapshot --jobs 2'
-	'block-4k-overlay-snapshot block 12M cluster_size=4k qcow2+snapshot --jobs 2 --max-io 256k'
-	'block-1k-rc64 block 4M cluster_size=1k,refcount_bits=64 raw --jobs 1 --max-io 128k'
-	'file-64k-snapshot file 12M cluster_size=64k none+snapshot --jobs 2'
-	'file-4k-overlay file 12M cluster_size=4k raw --jobs 1 --max-io 256k'
+	'block-64k-ext-overlay-snapshot block 12M cluster_size=64k,extended_l2=on raw+snapshot --jobs 2'
+	'block-4k-packed-overlay-snapshot block 12M cluster_size=4k qcow2+packed+snapshot --jobs 2 --max-io 256k'
+	'file-64k-data file 12M cluster_size=64k,data_file=image.data raw --jobs 2'
+	'file-4k-overlay-snapshot file 12M cluster_size=4k raw+snapshot --jobs 1 --max-io 256k'
 )
+if [[ ${QCOW_SOAK-} ]] || (($#)); then
+	CASES+=(
+		'block-64k block 12M cluster_size=64k none --jobs 1'
+		'block-512 block 4M cluster_size=512 none --jobs 1 --max-io 128k'
+		'block-1k-rc64 block 4M cluster_size=1k,refcount_bits=64 raw --jobs 1 --max-io 128k'
+		'block-64k-overlay-snapshot block 12M cluster_size=64k raw+snapshot --jobs 2'
+		'block-16k-lazy-ext block 12M cluster_size=16k,extended_l2=on,lazy_refcounts=on qcow2 --jobs 4'
+		'block-2M-packed block 24M cluster_size=2M,compression_type=zstd packed --jobs 2'
+		'file-64k-snapshot file 12M cluster_size=64k none+snapshot --jobs 2'
+		'file-4k-data-lazy file 12M cluster_size=4k,lazy_refcounts=on,data_file=image.data,data_file_raw=on none --jobs 4'
+	)
+fi
 
 cd "$tree" || exit
 make -s -C "$crash" O="$WORK" || skip_all "replay does not build"
@@ -65,6 +77,13 @@ make_storage() (
 		;;
 	esac
 	qemu-img create -q -f qcow2 "${base[@]}" -o "$options" image "$size"
+	if [[ $chain == *packed* ]]; then
+		truncate -s "$size" packed.raw
+		qcow-diff --quiet --no-final --ops 60 --max-io 512k --seed 1002 \
+			--mix write=3,punch=1 packed.raw
+		qemu-io -f qcow2 -c "write -q -c -s packed.raw 0 $size" image
+		rm packed.raw
+	fi
 	if [[ $chain == *snapshot ]]; then
 		qemu-io -f qcow2 -c 'write -q -P 0x61 0 1M' -c 'write -q -P 0x62 2000k 1500k' \
 			-c 'write -q -z 2200k 200k' image
@@ -74,7 +93,7 @@ make_storage() (
 	qemu-img convert -f qcow2 -O raw image initial.raw
 	if [[ $mode == file ]]; then
 		mkdir files
-		mv image files/
+		mv image* files/
 		truncate -s 64M storage.raw
 		mke2fs -q -t ext4 -b 4096 -J size=4 -E lazy_itable_init=0 -d files storage.raw
 		rm -r files
@@ -99,6 +118,7 @@ run_case() {
 	fi
 	if [[ $mode == file ]]; then
 		file=(--file /image)
+		[[ $options != *data_file=* ]] || file+=(--data /image.data)
 	fi
 	# shellcheck disable=SC2086
 	if ! ok "$name: the load runs" "$tree/tests/guest/run" -k "$kernel" ${GUEST_ARGS-} \
@@ -116,8 +136,12 @@ run_case() {
 			--scratch "$fast" --name "$name" "${file[@]}" >"$WORK/.replay" 2>&1
 		is "$name: $states states after a power cut are good" $? 0
 		diag "$(head -n 100 "$WORK/.replay")"
+		if [[ $options == *lazy_refcounts=on* ]]; then
+			like "$name: some of them were repaired" "$(<"$WORK/.replay")" \
+				' states were marked dirty'
+		fi
 		replay --log "$dir/log.raw" --base "$dir/before.raw" --history "$dir/history" \
-			--initial "$dir/initial.raw" --states 40 --forget-flush \
+			--initial "$dir/initial.raw" --states 24 --forget-flush \
 			--scratch "$fast" --name "$name" "${file[@]}" >"$WORK/.replay" 2>&1
 		is "$name: the check can fail" $? 1
 	fi
