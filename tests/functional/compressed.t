@@ -147,6 +147,55 @@ not_ok "which takes no more writes" xfs_io -d -c 'pwrite -q 0 4k' -c fsync "$DEV
 ok "and can still be read" these_read 0 5
 detach
 
+# Small clusters leave the offset more than the 56 bits that it may have. Who did
+# not look at those above would read this.
+pack x.qcow2 cluster_size=512
+at=$(l2_entry x.qcow2 5)
+entry=$(word x.qcow2 "$at")
+is "an entry of a small compressed cluster" $((entry >> 61)) 2
+for bit in 56 60; do
+	pack x.qcow2 cluster_size=512
+	put_bytes x.qcow2 "$at" "$(printf %016x $((entry | 1 << bit)))"
+	attach --read-only "$PWD/x.qcow2"
+	not_ok "compressed data at an offset with bit $bit cannot be read" \
+		dd if="$DEV" of=/dev/null bs=512 skip=5 count=1 iflag=direct
+	ok "what lies before can, with bit $bit" cmp <(head -c 2560 plain.raw) \
+		<(dd if="$DEV" bs=512 count=5 iflag=direct status=none)
+	detach
+	attach "$PWD/x.qcow2"
+	not_ok "nor can it be written over, with bit $bit" \
+		xfs_io -d -c 'pwrite -q 2560 512' -c fsync "$DEV"
+	detach
+done
+
+# The bitmap of an extended entry means nothing while the cluster is compressed.
+pack x.qcow2 cluster_size=64k,extended_l2=on
+cp x.qcow2 odd.qcow2
+n=2
+for bitmap in 00000000ffffffff ffffffff00000000 ffffffffffffffff; do
+	put_bytes odd.qcow2 $(($(l2_entry odd.qcow2 $((2 * n))) + 8)) $bitmap
+	is "cluster $n is compressed" \
+		$(($(word odd.qcow2 "$(l2_entry odd.qcow2 $((2 * n)))") >> 62 & 3)) 1
+	n=$((n + 1))
+done
+cp plain.raw want.raw
+attach --read-only "$PWD/odd.qcow2"
+ok "compressed clusters with a bitmap are read" device_is plain.raw
+detach
+attach "$PWD/odd.qcow2"
+ok "and written, in part" xfs_io -d -c 'pwrite -q -S 5 130k 4k' -c 'pwrite -q -S 6 190k 10k' \
+	-c 'pwrite -q -S 7 300k 1k' "$DEV"
+detach
+xfs_io -c 'pwrite -q -S 5 130k 4k' -c 'pwrite -q -S 6 190k 10k' -c 'pwrite -q -S 7 300k 1k' \
+	want.raw
+for ((n = 2; n < 5; n++)); do
+	is "then the bitmap of cluster $n says what there is" \
+		"$(printf %016x "$(word odd.qcow2 $(($(l2_entry odd.qcow2 $((2 * n))) + 8)))")" \
+		00000000ffffffff
+done
+check_clean odd.qcow2 "compressed clusters with a bitmap"
+same want.raw raw odd.qcow2 qcow2 "compressed clusters with a bitmap"
+
 # What becomes of compressed clusters, and of the host clusters they share
 # changes DESC OPTIONS XFS_IO-COMMAND...
 changes() {

@@ -123,6 +123,39 @@ is "the rest of the header is what it was" "$(header x.qcow2 "${change[@]}")" \
 	"$(header before.qcow2 "${change[@]}")"
 check_clean x.qcow2 "with another refcount table"
 
+# The header is written one sector at a time, the first one: when the autoclear bits
+# go, when the dirty bit comes and goes, and when the refcount table moves.
+mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
+EVENT=/sys/kernel/tracing/events/block/block_bio_queue
+if [[ -e $EVENT/enable ]]; then
+	truncate -s 16M header.img
+	new_loop header.img --direct-io=on
+	# There the refcount table is full after 2 MiB.
+	qemu-img create -q -f qcow2 -o cluster_size=512,lazy_refcounts=on,refcount_bits=64 \
+		"$LOOP" 8M
+	put_bytes "$LOOP" $AUTOCLEAR 8000000000000000
+	udevadm settle
+	blockdev --flushbufs "$LOOP"
+	IFS=: read -r major minor < <(lsblk -dno MAJ:MIN "$LOOP" | tr -d ' ')
+	# Flushes are of no sectors.
+	echo "dev == $((major << 20 | minor)) && sector == 0 && nr_sector != 0" >$EVENT/filter
+	echo >/sys/kernel/tracing/trace
+	echo 1 >$EVENT/enable
+	attach "$LOOP"
+	xfs_io -d -c 'pwrite -q -b 1M 0 5M' -c fsync "$DEV"
+	detach
+	echo 0 >$EVENT/enable
+	echo 0 >$EVENT/filter
+	writes=$(sed -n 's/.*block_bio_queue: [0-9,]* \([A-Z]*W[A-Z]*\) \([0-9]* + [0-9]*\) .*/\2/p' \
+		/sys/kernel/tracing/trace)
+	diag "writes to the header:" "$(paste -sd, <<<"$writes")"
+	ok "the header was written, several times" test "$(wc -l <<<"$writes")" -ge 4
+	is "each time one sector" "$(sort -u <<<"$writes")" "0 + 1"
+	check_clean "$LOOP" "with a header that was written"
+else
+	skip "the header is written one sector at a time" "no trace events"
+fi
+
 # Version 2 stays version 2: no feature bits, which would be the data of an
 # extension, no zero flags, no corrupt bit.
 room=4096
@@ -217,6 +250,34 @@ attach "$PWD/x.qcow2"
 is "raw data: of the autoclear bits one stays" "$(word x.qcow2 $AUTOCLEAR)" 0000000000000002
 random "raw data" x.qcow2
 is "raw data: it is still there" "$(word x.qcow2 $AUTOCLEAR)" 0000000000000002
+
+# Zeroes are of subclusters, and make bits; discards are of clusters, and those that
+# cover none change nothing.
+rm -f x.qcow2
+qemu-img create -q -f qcow2 -o extended_l2=on x.qcow2 1M
+qemu-io -f qcow2 -c 'write -q -P 7 0 256k' x.qcow2
+l2=$((0x$(word x.qcow2 $((0x$(word x.qcow2 40)))) & ~(1 << 63)))
+# entry N: of guest cluster N, without its place
+entry() {
+	echo "$(((0x$(word x.qcow2 $((l2 + 16 * $1))) & 0xfffffffffffe00) != 0))" \
+		"$(word x.qcow2 $((l2 + 16 * $1 + 8)))"
+}
+attach "$PWD/x.qcow2"
+# Subclusters have 2 KiB. 0: two of them, and parts of their neighbours. 1: most of
+# it. 2: all of it, and the start of 3.
+xfs_io -d -c 'fzero -k 5k 6k' "$DEV"
+blkdiscard -o 66k -l 60k "$DEV"
+blkdiscard -o 128k -l 66k "$DEV"
+xfs_io -c fsync "$DEV"
+is "zeroes over parts of a cluster" "$(entry 0)" "1 00000018ffffffe7"
+is "a discard of less than a cluster" "$(entry 1)" "1 00000000ffffffff"
+is "a discard of a cluster" "$(entry 2)" "0 ffffffff00000000"
+is "and of the start of the next" "$(entry 3)" "1 00000000ffffffff"
+detach
+cp x.qcow2 before.qcow2
+ok "QEMU reads the same" qemu-io -r -f qcow2 -c 'read -q -P 7 0 5k' -c 'read -q -P 0 5k 6k' \
+	-c 'read -q -P 7 11k 117k' -c 'read -q -P 0 128k 64k' -c 'read -q -P 7 192k 64k' x.qcow2
+check_clean x.qcow2 "zeroes and discards"
 
 # What lies behind the end of the disk in its last cluster is zero, should it grow.
 rm -f x.qcow2
