@@ -72,40 +72,30 @@ static int run_check(const struct chain *chain, bool repair, bool quiet)
 	return run_program(argv, quiet);
 }
 
-#define MARK_DIRTY	1
-#define MARK_CORRUPT	2
-
-/* The marks that an image has; version 2 has none. */
-static int read_marks(int fd)
-{
-	unsigned char start[80];
-
-	if (pread(fd, start, sizeof(start), 0) != sizeof(start) ||
-	    memcmp(start, "QFI\xfb\0\0\0\3", 8))
-		return 0;
-	return start[79] & (MARK_DIRTY | MARK_CORRUPT);
-}
-
 int repair_dirty(const struct chain *chain, bool refuse)
 {
+	const uint64_t marks = INCOMPAT_DIRTY | INCOMPAT_CORRUPT;
 	const char *path = chain->files[0].path;
 	autofree char *plain = plain_path(path);
 	autofree char *word = shell_quote(plain);
-	int fd = chain->layers[0].fd, status;
+	int fd = chain->layers[0].fd, ret;
+	struct header header;
 
 	/* Damage is not for us to mend unasked: the driver refuses the image. */
-	if (read_marks(fd) != MARK_DIRTY)
-		return EXIT_OK;
+	ret = header_read(fd, path, true, &header);
+	if (ret || (header.incompatible & marks) != INCOMPAT_DIRTY)
+		return ret;
 	if (refuse)
 		return fail(EXIT_REFUSED, "%s: is marked dirty, it was not closed cleanly; leave out --no-repair, run qemu-img check -f qcow2 -r all %s, or use --read-only",
 			    path, word);
 	fail(EXIT_OK, "warning: %s: is marked dirty, it was not closed cleanly; repairing it with qemu-img check -r all",
 	     path);
-	status = run_check(chain, true, true);
-	if (status == EXIT_NOT_FOUND)
+	ret = run_check(chain, true, true);
+	if (ret == EXIT_NOT_FOUND)
 		return fail(EXIT_REFUSED, "%s: there is no qemu-img to repair it; install qemu-utils, or run elsewhere: qemu-img check -f qcow2 -r all %s",
 			    path, word);
-	if (status != CHECK_CLEAN || read_marks(fd))
+	if (ret != CHECK_CLEAN || header_read(fd, path, true, &header) ||
+	    header.incompatible & marks)
 		return fail(EXIT_REFUSED, "%s: cannot be repaired; see what qemu-img check -f qcow2 -r all %s says, or use --read-only",
 			    path, word);
 	return fail(EXIT_OK, "warning: %s: repaired", path);
