@@ -159,9 +159,9 @@ checked "check: no repair of a device" 4 --repair "$DEV"
 checked "check: no repair of its image" 4 --repair errors.qcow2
 detach
 attach "$PWD/errors.qcow2"
-checked "check: not of a device that is written" 4 "$DEV"
-like "check: what to do then" "$(<"$WORK/.err")" 'detach it'
-checked "check: nor of its image" 4 errors.qcow2
+checked "check: of a device that is written" 7 "$DEV"
+like "check: what to do then" "$(<"$WORK/.err")" 'detach it, and qcowctl check --repair'
+checked "check: not of its image" 4 errors.qcow2
 detach
 
 no_kernel_report

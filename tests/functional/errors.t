@@ -167,6 +167,22 @@ else
 	fail "attach reads no L2 table"
 	diag "$(<"$WORK/.err")"
 fi
+# What cannot be written cannot be frozen either, and does not stay so.
+if attach /dev/mapper/faulty; then
+	for storage in fails works; do
+		$storage
+		"$QCOWCTL" check "$DEV" >"$WORK/.out" 2>"$WORK/.err"
+		is "a check while storage $storage, behind a flush that failed: its exit code" $? 1
+		like "and what it says" "$(<"$WORK/.err")" 'not everything can be written'
+		is "and the state" "$("$QCOWCTL" list -n -o STATE)" failed
+		not_ok "and writes fail at once" timeout 20 dd if=/dev/zero of="$DEV" bs=4k \
+			count=1 oflag=direct status=none
+	done
+	"$QCOWCTL" detach "$DEV" 2>"$WORK/.err"
+	ok "the device goes" test ! -e "/sys/block/${DEV#/dev/}"
+	forget "$DEV"
+	ok "and the image has no error" is_consistent /dev/mapper/faulty
+fi
 storage_gone
 
 no_kernel_report

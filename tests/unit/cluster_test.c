@@ -1349,8 +1349,13 @@ static void a_crash_loses_nothing_durable(struct kunit *test)
 		random_step(guest, &rnd, SEED_WRITE + i);
 		remember(&h);
 		if (prandom_u32_state(&rnd) % 8 == 0) {
-			KUNIT_ASSERT_EQ(test, qcow_commit_links(image_of(guest)),
-					0);
+			int err;
+
+			/* Of what is frozen, the dirty bit is cleared meanwhile. */
+			err = prandom_u32_state(&rnd) % 4 ?
+			      qcow_commit_links(image_of(guest)) :
+			      qcow_image_settle(image_of(guest));
+			KUNIT_ASSERT_EQ(test, err, 0);
 			h.flushes++;
 			qcow_test_file_mark(guest->tf, h.flushes);
 		}
@@ -1412,6 +1417,58 @@ static void lazy_refcounts_are_written_in_the_end(struct kunit *test)
 	guest_ends(guest);
 	guest_peeks(guest, &dirty);
 	KUNIT_EXPECT_FALSE(test, dirty);
+}
+
+static void what_is_settled_is_as_if_closed(struct kunit *test)
+{
+	const struct random_case *c = test->param_value;
+	struct guest *guest = random_guest(test, c);
+	struct qcow_image *image = image_of(guest);
+	struct qcow_test_result result;
+	struct rnd_state rnd;
+	u64 writes;
+	bool dirty;
+	u32 i, j;
+
+	prandom_seed_state(&rnd, 11);
+	for (i = 0; i < 8; i++) {
+		for (j = 0; j < 10; j++)
+			random_step(guest, &rnd, SEED_WRITE + i);
+		KUNIT_ASSERT_EQ(test, qcow_image_settle(image), 0);
+		KUNIT_EXPECT_EQ(test, image->nr_dirty, 0);
+		KUNIT_EXPECT_EQ(test, image->nr_frees + image->nr_reclaims, 0);
+		qcow_test_disk_check(guest_peeks(guest, &dirty), &result);
+		KUNIT_EXPECT_FALSE(test, dirty);
+		KUNIT_EXPECT_EQ_MSG(test, result.errors + result.leaks +
+				    result.copied_wrong, 0, "%s", result.first);
+		/* A flush has nothing to do then. */
+		writes = guest->tf->writes;
+		KUNIT_EXPECT_EQ(test, qcow_commit(image), 0);
+		KUNIT_EXPECT_EQ(test, guest->tf->writes, writes);
+	}
+	guest_ends(guest);
+}
+
+static void an_image_that_failed_does_not_settle(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .size = SZ_1M, .compatible = LAZY };
+	struct guest *guest;
+	bool dirty;
+	u32 i;
+
+	for (i = 0; i < 2; i++) {
+		guest = guest_create(qcow_test_disk_create(test, &spec),
+				     spec.size, 0);
+		guest_write(guest, 0, SECTOR, SEED_WRITE);
+		if (i)
+			guest->tf->sync_error = -EIO;
+		else
+			qcow_image_corrupt(image_of(guest), "as a test");
+		KUNIT_EXPECT_EQ(test, qcow_image_settle(image_of(guest)),
+				i ? -EIO : 0);
+		guest_peeks(guest, &dirty);
+		KUNIT_EXPECT_TRUE(test, dirty);
+	}
 }
 
 static void an_image_that_failed_stays_dirty(struct kunit *test)
@@ -1483,6 +1540,8 @@ static struct kunit_case cluster_test_cases[] = {
 	KUNIT_CASE_PARAM(random_work_is_read_back, random_gen_params),
 	KUNIT_CASE_PARAM(a_crash_loses_nothing_durable, random_gen_params),
 	KUNIT_CASE(lazy_refcounts_are_written_in_the_end),
+	KUNIT_CASE_PARAM(what_is_settled_is_as_if_closed, random_gen_params),
+	KUNIT_CASE(an_image_that_failed_does_not_settle),
 	KUNIT_CASE(an_image_that_failed_stays_dirty),
 	KUNIT_CASE(version_2_never_gets_a_dirty_bit),
 	{}

@@ -225,6 +225,9 @@ static int detach_one(int index, bool deferred)
 		autofree char *holder = device_holder(index);
 
 		if (holder || ++tries > RETRIES) {
+			if (!holder && !control_call(QCOW_CTL_STATUS, &status) &&
+			    status.flags & QCOW_STATUS_FROZEN)
+				holder = xstrdup("frozen for a check of its image");
 			holder = holder ?: device_openers(index);
 			return fail(EXIT_BUSY, "%s: %s; end that, or use --deferred",
 				    name, holder);

@@ -166,13 +166,14 @@ static int open_data_file(struct chain *chain, const struct header *header,
 {
 	struct qcow_layer *layer = &chain->layers[chain->layer_count - 1];
 	autofree char *whose = xasprintf("%s: its data file", chain->image);
+	bool has = header->incompatible & INCOMPAT_DATA_FILE;
 	int format, ret = EXIT_OK;
 	char *path;
 
-	if (given && !header->has_data_file)
+	if (given && !has)
 		return fail(EXIT_REFUSED, "%s: has its data in itself; leave out --data-file",
 			    chain->image);
-	if (!header->has_data_file)
+	if (!has)
 		return EXIT_OK;
 	if (!given && !*header->data_name)
 		return fail(EXIT_REFUSED, "%s: its header does not say where its external data file is; use --data-file",

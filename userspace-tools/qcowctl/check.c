@@ -1,20 +1,25 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * qcowctl check, and the repair that comes before an attach. Both are the work of
- * qemu-img, done while we hold QEMU's locks on the image, so that nobody gets in
- * between: qemu-img itself is told to take none.
+ * qemu-img, done while we hold QEMU's locks on the image, or the driver does, so that
+ * nobody gets in between: qemu-img itself is told to take none.
  */
+#include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "qcowctl.h"
 
-#define EXIT_NOT_FOUND	127
-
 /* What the exit codes of qemu-img check mean */
 enum { CHECK_CLEAN = 0, CHECK_ERRORS = 2, CHECK_LEAKS = 3 };
+
+/* What timeout(1) exits with, and programs that are not there */
+#define TIMED_OUT	124
+#define EXIT_NOT_FOUND	127
 
 /* How QEMU is to open a file, as NODE.OPTION=VALUE,..., without locking it. */
 static char *file_options(const char *node, const char *path)
@@ -43,6 +48,8 @@ int run_program(char **argv, bool quiet)
 
 	pid = fork();
 	if (!pid) {
+		/* What it does to files is for as long as we hold them. */
+		prctl(PR_SET_PDEATHSIG, SIGTERM);
 		fd = quiet ? open("/dev/null", O_WRONLY) : -1;
 		if (fd >= 0) {
 			dup2(fd, STDOUT_FILENO);
@@ -56,115 +63,171 @@ int run_program(char **argv, bool quiet)
 	return WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_SYSTEM;
 }
 
-/* Run qemu-img check on the image of a chain. Returns what it exits with. */
-static int run_check(const struct chain *chain, bool repair, bool quiet)
+/*
+ * Run qemu-img check on an image, and its data file if it has one, for so many
+ * @seconds at most, if not NULL. Returns what it exits with.
+ */
+static int run_check(const char *image, const char *data, const char *seconds,
+		     bool repair, bool quiet)
 {
-	bool data = chain->layers[0].flags & QCOW_LAYER_DATA_FILE;
-	autofree char *file = file_options("file", chain->files[0].path);
-	autofree char *data_file = data ? file_options("data-file", chain->files[1].path) : NULL;
+	autofree char *file = file_options("file", image);
+	autofree char *data_file = data ? file_options("data-file", data) : NULL;
 	autofree char *options = xasprintf("driver=qcow2,%s%s%s", file, data ? "," : "",
 					   data_file ?: "");
 	char *argv[] = {
+		"timeout", "--foreground", (char *)seconds,
 		"qemu-img", "check", "--image-opts", options,
 		repair ? "-r" : NULL, "all", NULL
 	};
 
-	return run_program(argv, quiet);
+	return run_program(seconds ? argv : argv + 3, quiet);
 }
 
-#define MARK_DIRTY	1
-#define MARK_CORRUPT	2
-
-/* The marks that an image has; version 2 has none. */
-static int read_marks(int fd)
+static int run_check_chain(const struct chain *chain, bool repair, bool quiet)
 {
-	unsigned char start[80];
+	bool data = chain->layers[0].flags & QCOW_LAYER_DATA_FILE;
 
-	if (pread(fd, start, sizeof(start), 0) != sizeof(start) ||
-	    memcmp(start, "QFI\xfb\0\0\0\3", 8))
-		return 0;
-	return start[79] & (MARK_DIRTY | MARK_CORRUPT);
+	return run_check(chain->files[0].path, data ? chain->files[1].path : NULL, NULL,
+			 repair, quiet);
 }
 
 int repair_dirty(const struct chain *chain, bool refuse)
 {
+	const uint64_t marks = INCOMPAT_DIRTY | INCOMPAT_CORRUPT;
 	const char *path = chain->files[0].path;
 	autofree char *plain = plain_path(path);
 	autofree char *word = shell_quote(plain);
-	int fd = chain->layers[0].fd, status;
+	int fd = chain->layers[0].fd, ret;
+	struct header header;
 
 	/* Damage is not for us to mend unasked: the driver refuses the image. */
-	if (read_marks(fd) != MARK_DIRTY)
-		return EXIT_OK;
+	ret = header_read(fd, path, true, &header);
+	if (ret || (header.incompatible & marks) != INCOMPAT_DIRTY)
+		return ret;
 	if (refuse)
 		return fail(EXIT_REFUSED, "%s: is marked dirty, it was not closed cleanly; leave out --no-repair, run qemu-img check -f qcow2 -r all %s, or use --read-only",
 			    path, word);
 	fail(EXIT_OK, "warning: %s: is marked dirty, it was not closed cleanly; repairing it with qemu-img check -r all",
 	     path);
-	status = run_check(chain, true, true);
-	if (status == EXIT_NOT_FOUND)
+	ret = run_check_chain(chain, true, true);
+	if (ret == EXIT_NOT_FOUND)
 		return fail(EXIT_REFUSED, "%s: there is no qemu-img to repair it; install qemu-utils, or run elsewhere: qemu-img check -f qcow2 -r all %s",
 			    path, word);
-	if (status != CHECK_CLEAN || read_marks(fd))
+	if (ret != CHECK_CLEAN || header_read(fd, path, true, &header) ||
+	    header.incompatible & marks)
 		return fail(EXIT_REFUSED, "%s: cannot be repaired; see what qemu-img check -f qcow2 -r all %s says, or use --read-only",
 			    path, word);
 	return fail(EXIT_OK, "warning: %s: repaired", path);
 }
 
-/* The image of an attached device, if it may be looked at. */
-static int image_of_device(int index, bool repair, char **path)
-{
-	autofree char *image = xasprintf("/sys/block/qcow%d/qcow/image", index);
-	autofree char *read_only = xasprintf("/sys/block/qcow%d/qcow/read_only", index);
-	autofree char *value = read_line(read_only);
-
-	*path = read_line(image);
-	if (!*path || !value)
-		return not_attached(xasprintf("/dev/qcow%d", index));
-	if (repair || strcmp(value, "1"))
-		return fail(EXIT_BUSY, "/dev/qcow%d: %s; detach it, and check %s",
-			    index, repair ? "cannot be repaired while it is attached" :
-					    "is attached for writing, and changes",
-			    *path);
-	return EXIT_OK;
-}
-
-enum { REPAIR, OPTIONS };
+enum { REPAIR, TIMEOUT, OPTIONS };
 
 static const struct option_help options[OPTIONS + 1] = {
 	[REPAIR] = { 'r', "repair", NULL, "mend what is wrong; not of a DEVICE" },
+	[TIMEOUT] = { 't', "timeout", "SECONDS",
+		"most time for which a DEVICE's writers wait (default: 60)" },
 };
 
-static int check(const char * const *values, char **operands)
+/* What @status of qemu-img check means for the image @path. */
+static int judge(int status, const char *path, bool repair, bool attached)
 {
-	bool repair = values[REPAIR];
-	/* Backing files are not looked at, and what they are does not matter. */
-	struct chain chain = { .read_only = !repair, .backing_format = QCOW_FORMAT_RAW };
-	int index = device_number(operands[0]);
-	char *path = operands[0];
-	int ret = EXIT_OK;
+	const char *first = attached ? "detach it, and " : "";
 
-	if (index >= 0)
-		ret = image_of_device(index, repair, &path);
-	ret = ret ?: chain_open(&chain, path);
-	if (ret)
-		return ret;
-	switch (run_check(&chain, repair, false)) {
+	switch (status) {
 	case CHECK_CLEAN:
 		return EXIT_OK;
 	case CHECK_ERRORS:
-		return fail(EXIT_REFUSED, "%s: is damaged; %s", path, repair ?
+		return fail(EXIT_REFUSED, "%s: is damaged; %s%s", path, first, repair ?
 			    "not all of it could be repaired" :
 			    "qcowctl check --repair mends what can be");
 	case CHECK_LEAKS:
-		return fail(EXIT_LEAKS, "%s: has leaked clusters, which take space and do no harm; qcowctl check --repair frees them",
-			    path);
+		return fail(EXIT_LEAKS, "%s: has leaked clusters, which take space and do no harm; %sqcowctl check --repair frees them",
+			    path, first);
 	case EXIT_NOT_FOUND:
 		return fail(EXIT_SYSTEM, "%s: cannot run qemu-img, which checks images; install qemu-utils",
 			    path);
 	default:
 		return fail(EXIT_SYSTEM, "%s: qemu-img could not check it; see above", path);
 	}
+}
+
+/* The line in a file of /sys/block/qcowN/qcow, or NULL. */
+static char *attribute(int index, const char *name)
+{
+	autofree char *path = xasprintf("/sys/block/qcow%d/qcow/%s", index, name);
+
+	return read_line(path);
+}
+
+static int freeze_failed(const char *name)
+{
+	if (errno == ENODEV)
+		return not_attached(name);
+	if (errno == EPERM || errno == ENOTTY || errno == E2BIG)
+		return control_error();
+	if (errno == EBUSY)
+		return fail(EXIT_BUSY, "%s: is being checked, or attached, just now; try again",
+			    name);
+	return fail(EXIT_SYSTEM, "%s: not everything can be written: %m; see the kernel log, detach it, and check its image",
+		    name);
+}
+
+/*
+ * Check the image of a device while the driver has it frozen, and its locks, too.
+ * However we end, so does that.
+ */
+static int check_device(int index, const char *seconds)
+{
+	autofree char *name = xasprintf("/dev/qcow%d", index);
+	struct qcow_freeze freeze = {
+		.size = sizeof(freeze), .index = index, .timeout = atoi(seconds),
+	};
+	struct qcow_thaw thaw = { .size = sizeof(thaw), .index = index };
+	autofree char *image = NULL, *data = NULL, *read_only = NULL;
+	int status;
+
+	if (!control_open())
+		return control_error();
+	if (control_call(QCOW_CTL_FREEZE, &freeze))
+		return freeze_failed(name);
+	image = attribute(index, "image");
+	data = attribute(index, "data_file");
+	read_only = attribute(index, "read_only");
+	if (!image || access(image, R_OK))
+		return fail(EXIT_ABSENT, "%s: its image %s cannot be reached by that name; detach it, and check the image",
+			    name, image ?: "");
+	/* Of one that is read-only nobody waits for the end. */
+	status = run_check(image, data, read_only && !strcmp(read_only, "1") ? NULL : seconds,
+			   false, false);
+	if (control_call(QCOW_CTL_THAW, &thaw) || status == TIMED_OUT)
+		return fail(EXIT_BUSY, "%s: the check took longer than %s seconds, and what it said is of no meaning; use a larger --timeout, or detach it, and check %s",
+			    name, seconds, image);
+	return judge(status, image, false, true);
+}
+
+static int check(const char * const *values, char **operands)
+{
+	bool repair = values[REPAIR];
+	/* Backing files are not looked at, and what they are does not matter. */
+	struct chain chain = { .read_only = !repair, .backing_format = QCOW_FORMAT_RAW };
+	const char *path = operands[0], *seconds = values[TIMEOUT] ?: "60";
+	int index = device_number(path), number, ret;
+
+	if (!parse_number(seconds, &number) || !number || number > QCOW_FREEZE_TIMEOUT_MAX)
+		return fail(EXIT_USAGE, "check: --timeout cannot be '%s'; give seconds, from 1 to %d",
+			    seconds, QCOW_FREEZE_TIMEOUT_MAX);
+	if (index >= 0 && !repair)
+		return check_device(index, seconds);
+	if (index >= 0) {
+		autofree char *name = xasprintf("/dev/qcow%d", index);
+		autofree char *image = attribute(index, "image");
+
+		return !image ? not_attached(name) :
+			fail(EXIT_BUSY, "%s: cannot be repaired while it is attached; detach it, and check %s",
+			     name, image);
+	}
+	ret = chain_open(&chain, path);
+	return ret ?: judge(run_check_chain(&chain, repair, false), path, repair, false);
 }
 
 const struct command check_command = {

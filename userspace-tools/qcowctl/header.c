@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A careful reader of the one thing that qcowctl needs from a qcow2 header: which
- * other files belong to the image. Nothing in the file is believed before it was
- * checked. Names follow docs/interop/qcow2 of QEMU.
+ * A careful reader of what qcowctl needs from a qcow2 header: which other files
+ * belong to the image, and how it is marked. Nothing in the file is believed before
+ * it was checked. Names follow docs/interop/qcow2 of QEMU.
  */
 #include <endian.h>
 #include <stdio.h>
@@ -17,7 +17,6 @@
 #define EXT_END			0
 #define EXT_BACKING_FORMAT	0xe2792aca
 #define EXT_DATA_FILE		0x44415441
-#define INCOMPAT_DATA_FILE	(1 << 2)
 
 #define V2_HEADER_LENGTH	72
 #define V3_HEADER_LENGTH	104
@@ -109,7 +108,7 @@ static int parse(const unsigned char *cluster, uint64_t size, const char *path,
 		length = get32(cluster + 100);
 		if (length < V3_HEADER_LENGTH || length > size)
 			return damaged(path, "header_length is", length);
-		header->has_data_file = get64(cluster + 72) & INCOMPAT_DATA_FILE;
+		header->incompatible = get64(cluster + 72);
 	}
 	if (name_offset) {
 		if (name_offset < length || name_offset > size)
@@ -120,7 +119,7 @@ static int parse(const unsigned char *cluster, uint64_t size, const char *path,
 		end = name_offset;
 	}
 	/* Else there is nothing in them to look for. */
-	if (name_offset || header->has_data_file)
+	if (name_offset || header->incompatible & INCOMPAT_DATA_FILE)
 		return read_extensions(cluster, length, end, path, header);
 	return EXIT_OK;
 }

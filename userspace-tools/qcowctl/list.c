@@ -81,6 +81,8 @@ static void add_status(struct json_object *object, const struct qcow_status *s)
 		list_append(&state, "corrupt");
 	if (s->flags & QCOW_STATUS_DETACHING)
 		list_append(&state, "detaching");
+	if (s->flags & QCOW_STATUS_FROZEN)
+		list_append(&state, "frozen");
 	json_object_object_add(object, "ro",
 			       json_object_new_boolean(s->flags & QCOW_STATUS_READ_ONLY));
 	add_text(object, "state", state ?: "ok");

@@ -81,13 +81,17 @@ int repair_dirty(const struct chain *chain, bool refuse);
 /* Run a program, without its output if @quiet; what it exits with, or 127. */
 int run_program(char **argv, bool quiet);
 
-/* header.c: what a header says of other files; "" where it says nothing */
+/* header.c: what a header says of other files, and "" where it says nothing */
 struct header {
+	uint64_t incompatible;		/* features; version 2 has none */
 	char backing_name[1024];
 	char backing_format[16];
-	bool has_data_file;
 	char data_name[4096];
 };
+
+#define INCOMPAT_DIRTY		1
+#define INCOMPAT_CORRUPT	2
+#define INCOMPAT_DATA_FILE	4
 
 /* Read the header of a file that is said to be qcow2; by the user, if @top. */
 int header_read(int fd, const char *path, bool top, struct header *header);

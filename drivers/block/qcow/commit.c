@@ -42,7 +42,8 @@
  * tables that they lead to, and the refcount table leads to the block that covers
  * a cluster before it is handed out. Other commits write the counts: the one that
  * comes after QCOW_COMMIT_DELAY, those that are to give memory back, the one
- * before the refcount table moves, and those at detach. There the bit is cleared,
+ * before the refcount table moves, and those at detach and where the device is
+ * frozen (qcow_commit_all). Behind these, with no writes under way, the bit is cleared,
  * after a barrier behind the last count. If anything fails before, it stays.
  *
  * References that go away: an entry is replaced in memory, and its old cluster
@@ -484,7 +485,7 @@ void qcow_reclaim_work_fn(struct work_struct *work)
 
 /**
  * qcow_commit_all - commit until nothing is left to do
- * @image: a writable image with no requests in flight
+ * @image: a writable image; no requests that change it are in flight
  *
  * Context: may sleep.
  *
@@ -501,8 +502,9 @@ int qcow_commit_all(struct qcow_image *image)
 			return err;
 		qcow_reclaim(image);
 		spin_lock_irq(&image->lock);
+		/* Somebody else may be writing what was dirty. */
 		done = !image->nr_dirty && !image->nr_frees &&
-		       !image->nr_reclaims;
+		       !image->nr_reclaims && !image->committing;
 		spin_unlock_irq(&image->lock);
 	} while (!done);
 	return 0;

@@ -12,6 +12,8 @@
  *
  * Detach and open decide under disk->open_mutex who of them is first: detach
  * sets @claimed if nobody has the device open, and open fails once it is set.
+ * Detach and freeze decide likewise under qcow_devices_mutex: a device that is
+ * frozen counts as one that is open, and thawing it as the close.
  *
  * The struct lives as long as its disk, which others may hold for a moment after
  * detach; with everything that a request needs gone by then.
@@ -101,6 +103,8 @@ static void qcow_device_describe(struct qcow_device *dev,
 		status->flags |= QCOW_STATUS_SNAPSHOT;
 	if (dev->autoclear)
 		status->flags |= QCOW_STATUS_AUTOCLEAR;
+	if (READ_ONCE(dev->frozen))
+		status->flags |= QCOW_STATUS_FROZEN;
 	status->layer_count = dev->chain->depth;
 	status->virtual_size = image->size;
 	status->version = image->header.version;
@@ -282,19 +286,24 @@ static int QCOW_DISK_OPEN(qcow_disk_open)
 	return 0;
 }
 
+/*
+ * Have a worker detach the device, if it still has no users then. Somebody else may
+ * have done so by the time that the work runs; so it holds the disk.
+ */
+static void qcow_device_queue_detach(struct qcow_device *dev)
+{
+	get_device(disk_to_dev(dev->disk));
+	if (!queue_work(qcow_detach_wq, &dev->detach_work))
+		put_disk(dev->disk);
+}
+
 static void QCOW_DISK_RELEASE(qcow_disk_release)
 {
 	struct qcow_device *dev = disk->private_data;
 
-	if (!dev->deferred || disk_openers(disk))
-		return;
-	/*
-	 * Our caller holds open_mutex, which detach needs. By the time that the
-	 * work runs, somebody else may have detached the device; so it holds it.
-	 */
-	get_device(disk_to_dev(disk));
-	if (!queue_work(qcow_detach_wq, &dev->detach_work))
-		put_disk(disk);
+	/* Our caller holds open_mutex, which detach needs. */
+	if (dev->deferred && !disk_openers(disk))
+		qcow_device_queue_detach(dev);
 }
 
 static void qcow_disk_free(struct gendisk *disk)
@@ -517,7 +526,10 @@ static int qcow_device_alloc_disk(struct qcow_device *dev)
 	int err;
 
 	dev->tag_set.ops = &qcow_mq_ops;
-	dev->tag_set.nr_hw_queues = min(num_online_cpus(), QCOW_MAX_HW_QUEUES);
+	/* Reads have queues of their own: see the gate in request.c. */
+	dev->tag_set.nr_maps = HCTX_TYPE_READ + 1;
+	dev->tag_set.nr_hw_queues = dev->tag_set.nr_maps *
+		min(num_online_cpus(), QCOW_MAX_HW_QUEUES);
 	dev->tag_set.queue_depth = QCOW_QUEUE_DEPTH;
 	dev->tag_set.numa_node = NUMA_NO_NODE;
 	dev->tag_set.flags = QCOW_TAG_SET_FLAGS;
@@ -580,6 +592,7 @@ int qcow_device_attach(const struct qcow_attach *args,
 	dev->read_only = args->flags & QCOW_ATTACH_READ_ONLY;
 	dev->autoclear = args->flags & QCOW_ATTACH_AUTOCLEAR;
 	INIT_WORK(&dev->detach_work, qcow_detach_work_fn);
+	qcow_freeze_setup(dev);
 
 	dev->index = qcow_index_reserve(args->index);
 	if (dev->index < 0) {
@@ -687,20 +700,22 @@ static int qcow_device_remove(struct qcow_device *dev)
 	return err;
 }
 
-/* Return: 1 if the caller is to remove the device, 0 if a later close is. */
+/* Return: 1 if the caller is to remove the device, 0 if a close or thaw is. */
 static int qcow_device_claim(struct qcow_device *dev, bool deferred)
 {
 	int ret = 1;
 
 	mutex_lock(&dev->disk->open_mutex);
+	mutex_lock(&qcow_devices_mutex);
 	if (dev->claimed)
 		ret = -ENODEV;
-	else if (!disk_openers(dev->disk))
+	else if (!disk_openers(dev->disk) && !dev->frozen)
 		dev->claimed = true;
 	else
 		ret = deferred ? 0 : -EBUSY;
 	if (!ret)
 		WRITE_ONCE(dev->deferred, true);
+	mutex_unlock(&qcow_devices_mutex);
 	mutex_unlock(&dev->disk->open_mutex);
 	return ret;
 }
@@ -726,8 +741,9 @@ static void qcow_detach_work_fn(struct work_struct *work)
  * Unless the detach was put off, everything is written when this returns, the
  * number is free, and the files are closed on return to user mode at the latest.
  *
- * Return: 0; -ENODEV if there is no such device; -EBUSY while it is open or still
- * being attached; or the error of a write, and then the device is gone as well.
+ * Return: 0; -ENODEV if there is no such device; -EBUSY while it is open, frozen
+ * or still being attached; or the error of a write, and then the device is gone as
+ * well.
  */
 int qcow_device_detach(int index, bool deferred)
 {
@@ -754,6 +770,50 @@ int qcow_device_detach(int index, bool deferred)
 		ret = qcow_device_remove(dev);
 	put_disk(disk);
 	return ret;
+}
+
+/* ---- freeze -------------------------------------------------------------- */
+
+/**
+ * qcow_device_hold - keep a device from being detached, to freeze it
+ * @index: its number
+ *
+ * Return: the device; -ENODEV if there is none, or it is being detached; -EBUSY if
+ * it is held already, or still being attached.
+ */
+struct qcow_device *qcow_device_hold(int index)
+{
+	struct qcow_device *dev;
+
+	mutex_lock(&qcow_devices_mutex);
+	dev = idr_find(&qcow_devices, index);
+	if (!dev || dev->claimed) {
+		dev = ERR_PTR(-ENODEV);
+	} else if (!dev->added || dev->frozen) {
+		dev = ERR_PTR(-EBUSY);
+	} else {
+		WRITE_ONCE(dev->frozen, true);
+		get_device(disk_to_dev(dev->disk));
+	}
+	mutex_unlock(&qcow_devices_mutex);
+	return dev;
+}
+
+/**
+ * qcow_device_release - undo qcow_device_hold()
+ * @dev: the device; perhaps gone when this returns
+ */
+void qcow_device_release(struct qcow_device *dev)
+{
+	struct gendisk *disk = dev->disk;
+
+	mutex_lock(&qcow_devices_mutex);
+	WRITE_ONCE(dev->frozen, false);
+	/* As behind a close. Not here: open_mutex may be held by who waits for us. */
+	if (READ_ONCE(dev->deferred))
+		qcow_device_queue_detach(dev);
+	mutex_unlock(&qcow_devices_mutex);
+	put_disk(disk);
 }
 
 /* ---- queries ------------------------------------------------------------- */
@@ -855,8 +915,15 @@ int qcow_device_next(int first)
  */
 int qcow_devices_init(void)
 {
+	int err;
+
 	qcow_detach_wq = alloc_workqueue("qcow-detach", WQ_UNBOUND, 0);
-	return qcow_detach_wq ? 0 : -ENOMEM;
+	if (!qcow_detach_wq)
+		return -ENOMEM;
+	err = qcow_freezes_init();
+	if (err)
+		destroy_workqueue(qcow_detach_wq);
+	return err;
 }
 
 /**
@@ -867,6 +934,7 @@ int qcow_devices_init(void)
  */
 void qcow_devices_exit(void)
 {
+	qcow_freezes_exit();
 	destroy_workqueue(qcow_detach_wq);
 	idr_destroy(&qcow_devices);
 }

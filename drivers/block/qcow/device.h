@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Block devices: what main.c, device.c and request.c know of each other.
+ * Block devices: what main.c, device.c, freeze.c and request.c know of each other.
  */
 #ifndef QCOW_DEVICE_H
 #define QCOW_DEVICE_H
 
 #include <linux/blk-mq.h>
 #include <linux/blkdev.h>
+#include <linux/percpu-refcount.h>
 #include <linux/workqueue.h>
 
 #include <linux/qcow.h>
@@ -44,6 +45,10 @@ struct qcow_device_stats {
  * @segments: struct qcow_segment
  * @request_vecs: memory of requests that consist of several bios
  * @segment_vecs: memory of segments with a head or tail
+ * @gate: held by each request that may change the image; dead while it is shut
+ * @gate_drained: woken when nobody holds it any more
+ * @gate_lock: guards @gate_held
+ * @gate_held: requests that wait for it to open
  * @chain: the image and its backing files
  * @cache: of the tables of @chain
  * @files: what userspace passed, held until detach for the locks that belong to
@@ -54,9 +59,15 @@ struct qcow_device_stats {
  * @read_only: the device refuses writes
  * @autoclear: to be detached by the last close behind its first use
  * @added: the attach is over, but for its return; set under qcow_devices_mutex
- * @claimed: being detached, cannot be opened; guarded by disk->open_mutex
+ * @claimed: being detached, cannot be opened; guarded by disk->open_mutex, and
+ *	set under qcow_devices_mutex, too
  * @deferred: to be detached by the last close; guarded by disk->open_mutex
  * @detach_work: that detach
+ * @frozen: in the hands of freeze.c, and not detached; guarded by
+ *	qcow_devices_mutex
+ * @freezer: the open file that the freeze belongs to
+ * @freeze_node: in the list of those that are frozen, while they are
+ * @thaw_work: ends it
  * @stats: per CPU
  */
 struct qcow_device {
@@ -68,6 +79,10 @@ struct qcow_device {
 	mempool_t segments;
 	mempool_t request_vecs;
 	mempool_t segment_vecs;
+	struct percpu_ref gate;
+	wait_queue_head_t gate_drained;
+	spinlock_t gate_lock;	/* guards @gate_held */
+	struct list_head gate_held;
 	struct qcow_chain *chain;
 	struct qcow_cache *cache;
 	struct file **files;
@@ -79,6 +94,10 @@ struct qcow_device {
 	bool claimed;
 	bool deferred;
 	struct work_struct detach_work;
+	bool frozen;
+	const struct file *freezer;
+	struct list_head freeze_node;
+	struct delayed_work thaw_work;
 	struct qcow_device_stats __percpu *stats;
 };
 
@@ -89,6 +108,8 @@ extern const struct blk_mq_ops qcow_mq_ops;
 size_t qcow_request_size(void);
 int qcow_requests_init(struct qcow_device *dev);
 void qcow_requests_exit(struct qcow_device *dev);
+int qcow_gate_shut(struct qcow_device *dev);
+void qcow_gate_open(struct qcow_device *dev);
 
 /* ---- device.c ------------------------------------------------------------ */
 
@@ -100,7 +121,18 @@ int qcow_device_status(struct qcow_status *status, char *buf);
 int qcow_device_layer(struct qcow_layer_status *status, char *buf,
 		      const char **path);
 int qcow_device_next(int first);
+struct qcow_device *qcow_device_hold(int index);
+void qcow_device_release(struct qcow_device *dev);
 int qcow_devices_init(void);
 void qcow_devices_exit(void);
+
+/* ---- freeze.c ------------------------------------------------------------ */
+
+void qcow_freeze_setup(struct qcow_device *dev);
+int qcow_freeze(int index, const struct file *owner, unsigned int timeout);
+int qcow_thaw(int index, const struct file *owner);
+void qcow_thaw_all(const struct file *owner);
+int qcow_freezes_init(void);
+void qcow_freezes_exit(void);
 
 #endif /* QCOW_DEVICE_H */

@@ -175,7 +175,8 @@ static void qcow_corrupt_work_fn(struct work_struct *work)
  * @image: a writable image
  *
  * In an image with lazy refcounts they may, once its dirty bit is durable: the
- * first call sees to that. The bit is cleared at detach, when all is written.
+ * first call sees to that. The bit is cleared when all is written, at detach and
+ * where the device is frozen, and then the next call sets it again.
  *
  * Context: may sleep.
  *
@@ -520,6 +521,19 @@ out_unlock:
 	return err;
 }
 
+/* All counts are durable. In a damaged image they may be wrong. */
+static int qcow_image_clear_dirty(struct qcow_image *image)
+{
+	int err;
+
+	if (!image->dirty_bit || image->corrupt)
+		return 0;
+	err = qcow_image_set_features(image, 0, QCOW_INCOMPAT_DIRTY);
+	if (!err)
+		WRITE_ONCE(image->dirty_bit, false);
+	return err;
+}
+
 /* Write everything that is left, and give back what was grown ahead of use. */
 static int qcow_image_write_all(struct qcow_image *image)
 {
@@ -540,15 +554,18 @@ static int qcow_image_write_all(struct qcow_image *image)
 		err = qcow_file_truncate(&image->file, image->end_offset);
 	if (!err)
 		err = qcow_file_sync(&image->file);
-	/* All counts are durable. In a damaged image they may be wrong. */
-	if (!err && image->dirty_bit && !image->corrupt)
-		err = qcow_image_set_features(image, 0, QCOW_INCOMPAT_DIRTY);
-	return err;
+	return err ?: qcow_image_clear_dirty(image);
+}
+
+static int qcow_image_write_dirty(struct qcow_image *image)
+{
+	return qcow_commit_all(image) ?: qcow_image_clear_dirty(image);
 }
 
 struct qcow_finish {
 	struct work_struct work;
 	struct qcow_image *image;
+	int (*fn)(struct qcow_image *image);
 	int err;
 };
 
@@ -556,22 +573,41 @@ static void qcow_finish_work_fn(struct work_struct *work)
 {
 	struct qcow_finish *finish = container_of(work, struct qcow_finish, work);
 
-	finish->err = qcow_image_write_all(finish->image);
+	finish->err = finish->fn(finish->image);
 }
 
 /*
  * In a worker: the caller may be about to be killed, or may have a limit on the
  * size of files, and neither is a reason to lose what was not flushed.
  */
-static int qcow_image_finish(struct qcow_image *image)
+static int qcow_image_finish(struct qcow_image *image,
+			     struct workqueue_struct *wq,
+			     int (*fn)(struct qcow_image *image))
 {
-	struct qcow_finish finish = { .image = image };
+	struct qcow_finish finish = { .image = image, .fn = fn };
 
 	INIT_WORK_ONSTACK(&finish.work, qcow_finish_work_fn);
-	queue_work(system_unbound_wq, &finish.work);
+	queue_work(wq, &finish.work);
 	flush_work(&finish.work);
 	destroy_work_on_stack(&finish.work);
 	return finish.err;
+}
+
+/**
+ * qcow_image_settle - make the file consistent by itself
+ * @image: a writable image; nobody changes it until this returns
+ *
+ * On return nothing of it is in memory only, no commit has anything to write, and
+ * the header's dirty bit is cleared, unless damage was found.
+ *
+ * Context: may sleep. Writes may be waiting for this that are to free memory, so
+ * it is done by the image's own workers.
+ *
+ * Return: 0, or the errno of what could not be written.
+ */
+int qcow_image_settle(struct qcow_image *image)
+{
+	return qcow_image_finish(image, image->wq, qcow_image_write_dirty);
 }
 
 /**
@@ -590,7 +626,8 @@ int qcow_image_close(struct qcow_image *image)
 
 	/* Only its one device knows a writable image, so nobody finds it here. */
 	if (image->writable)
-		err = qcow_image_finish(image);
+		err = qcow_image_finish(image, system_unbound_wq,
+					qcow_image_write_all);
 
 	mutex_lock(&qcow_images_mutex);
 	if (refcount_dec_and_test(&image->kref.refcount)) {

@@ -2,7 +2,8 @@
 /*
  * The module, and the control node: ioctls on /dev/qcow-control.
  *
- * Nothing here keeps state. Each call is copied in, checked, and handed on.
+ * Nothing here keeps state. Each call is copied in, checked, and handed on. What
+ * belongs to an open file, which are freezes, is found by it when it is closed.
  */
 #include <linux/capability.h>
 #include <linux/compat.h>
@@ -276,6 +277,43 @@ static int qcow_ctl_list(void __user *arg)
 	return qcow_copy_out(arg, user_size, &args, sizeof(args));
 }
 
+static int qcow_ctl_freeze(void __user *arg, const struct file *file)
+{
+	struct qcow_freeze args;
+	u32 user_size;
+	int err;
+
+	err = qcow_copy_in(&args, sizeof(args), arg, &user_size);
+	if (err)
+		return err;
+	if (args.flags || args.timeout > QCOW_FREEZE_TIMEOUT_MAX)
+		return -EINVAL;
+	if (args.index < 0)
+		return -ENODEV;
+	return qcow_freeze(args.index, file,
+			   args.timeout ?: QCOW_FREEZE_TIMEOUT);
+}
+
+static int qcow_ctl_thaw(void __user *arg, const struct file *file)
+{
+	struct qcow_thaw args;
+	u32 user_size;
+	int err;
+
+	err = qcow_copy_in(&args, sizeof(args), arg, &user_size);
+	if (err)
+		return err;
+	if (args.flags || args.reserved)
+		return -EINVAL;
+	return qcow_thaw(args.index, file);
+}
+
+static int qcow_control_release(struct inode *inode, struct file *file)
+{
+	qcow_thaw_all(file);
+	return 0;
+}
+
 static long qcow_control_ioctl(struct file *file, unsigned int cmd,
 			       unsigned long arg)
 {
@@ -295,6 +333,10 @@ static long qcow_control_ioctl(struct file *file, unsigned int cmd,
 		return qcow_ctl_layer(user);
 	case QCOW_CTL_LIST:
 		return qcow_ctl_list(user);
+	case QCOW_CTL_FREEZE:
+		return writable ? qcow_ctl_freeze(user, file) : -EBADF;
+	case QCOW_CTL_THAW:
+		return writable ? qcow_ctl_thaw(user, file) : -EBADF;
 	default:
 		return -ENOTTY;
 	}
@@ -303,6 +345,7 @@ static long qcow_control_ioctl(struct file *file, unsigned int cmd,
 static const struct file_operations qcow_control_ops = {
 	.owner = THIS_MODULE,
 	.open = nonseekable_open,
+	.release = qcow_control_release,
 	.unlocked_ioctl = qcow_control_ioctl,
 	.compat_ioctl = compat_ptr_ioctl,
 };

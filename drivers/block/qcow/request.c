@@ -16,6 +16,17 @@
  *
  * FUA: a direct overwrite whose mapping is durable carries IOCB_DSYNC; anything
  * else is followed by a commit.
+ *
+ * The gate. Each request that may change the image holds a reference of dev->gate
+ * from before its worker is queued until all that it does is done. To shut the gate
+ * is to kill that reference count, and to wait until it is zero. Requests that come
+ * then are put into a list, and their workers are queued when it opens. So a request
+ * that waits has no worker, memory of a pool, range or epoch that one inside could
+ * be waiting for, and the wait ends.
+ *
+ * What it does have is a tag. Reads go on nevertheless, however many writes wait,
+ * as they have hardware queues of their own. Flushes do not, and they pass the gate,
+ * but may wait for a tag.
  */
 #include <linux/blk-cgroup.h>
 #include <linux/blk-mq.h>
@@ -46,6 +57,8 @@
  * @nr_vecs: how many
  * @offset: bytes of the first one that belong to an earlier request
  * @pooled: @vecs is from dev->request_vecs
+ * @gated: a reference of dev->gate is held
+ * @held: in dev->gate_held
  * @blkcg: whom the I/O is charged to
  * @memcg: whom the memory is charged to
  */
@@ -57,6 +70,8 @@ struct qcow_request {
 	bool commit;
 	bool committing;
 	bool pooled;
+	bool gated;
+	struct list_head held;
 	unsigned int nr_vecs;
 	unsigned int offset;
 	struct bio_vec *vecs;
@@ -149,6 +164,9 @@ static void qcow_request_finish(struct qcow_request *req)
 		css_put(req->memcg);
 	if (req->error)
 		this_cpu_inc(req->dev->stats->errors);
+	/* Detach waits for the request, so who is woken does not go away. */
+	if (req->gated)
+		percpu_ref_put(&req->dev->gate);
 	if (likely(!blk_should_fake_timeout(rq->q)))
 		blk_mq_complete_request(rq);
 }
@@ -612,6 +630,74 @@ out:
 	qcow_io_scope_exit(scope);
 }
 
+/* ---- the gate ------------------------------------------------------------ */
+
+static void qcow_gate_release(struct percpu_ref *gate)
+{
+	wake_up_all(&container_of(gate, struct qcow_device, gate)->gate_drained);
+}
+
+/* False if the gate is shut; then the request waits for it. */
+static bool qcow_gate_enter(struct qcow_request *req)
+{
+	struct qcow_device *dev = req->dev;
+	unsigned long flags;
+
+	req->gated = true;
+	if (likely(percpu_ref_tryget_live(&dev->gate)))
+		return true;
+	spin_lock_irqsave(&dev->gate_lock, flags);
+	/* Still shut: so who opens it has not taken the list yet, and will. */
+	req->gated = percpu_ref_tryget_live(&dev->gate);
+	if (!req->gated)
+		list_add_tail(&req->held, &dev->gate_held);
+	spin_unlock_irqrestore(&dev->gate_lock, flags);
+	return req->gated;
+}
+
+/**
+ * qcow_gate_shut - let no more requests in that may change the image
+ * @dev: the device; its gate is open
+ *
+ * Context: may sleep.
+ *
+ * Return: 0 when all of those are done that were let in; -EINTR if the caller was
+ * killed meanwhile, and the gate is shut all the same.
+ */
+int qcow_gate_shut(struct qcow_device *dev)
+{
+	percpu_ref_kill(&dev->gate);
+	return wait_event_killable(dev->gate_drained,
+				   percpu_ref_is_zero(&dev->gate)) ? -EINTR : 0;
+}
+
+/**
+ * qcow_gate_open - undo qcow_gate_shut()
+ * @dev: the device
+ *
+ * Context: may sleep; needs no memory.
+ */
+void qcow_gate_open(struct qcow_device *dev)
+{
+	struct qcow_request *req;
+	LIST_HEAD(held);
+
+	percpu_ref_resurrect(&dev->gate);
+	/* First, so that who comes to the list from here on looks again. */
+	spin_lock_irq(&dev->gate_lock);
+	list_splice_init(&dev->gate_held, &held);
+	spin_unlock_irq(&dev->gate_lock);
+	while (!list_empty(&held)) {
+		req = list_first_entry(&held, struct qcow_request, held);
+		list_del(&req->held);
+		percpu_ref_get(&dev->gate);
+		req->gated = true;
+		queue_work(dev->wq, &req->work);
+	}
+}
+
+/* ---- the queue ----------------------------------------------------------- */
+
 static blk_status_t qcow_queue_rq(struct blk_mq_hw_ctx *hctx,
 				  const struct blk_mq_queue_data *bd)
 {
@@ -624,6 +710,7 @@ static blk_status_t qcow_queue_rq(struct blk_mq_hw_ctx *hctx,
 	req->commit = false;
 	req->committing = false;
 	req->pooled = false;
+	req->gated = false;
 	req->blkcg = NULL;
 	req->memcg = NULL;
 #ifdef CONFIG_BLK_CGROUP
@@ -636,8 +723,22 @@ static blk_status_t qcow_queue_rq(struct blk_mq_hw_ctx *hctx,
 #endif
 	}
 #endif
-	queue_work(req->dev->wq, &req->work);
+	if (req_op(rq) == REQ_OP_READ || req_op(rq) == REQ_OP_FLUSH ||
+	    qcow_gate_enter(req))
+		queue_work(req->dev->wq, &req->work);
 	return BLK_STS_OK;
+}
+
+static void qcow_map_queues(struct blk_mq_tag_set *set)
+{
+	unsigned int i;
+
+	/* Where memory is short (kdump), the block layer has reduced them to one. */
+	for (i = 0; i < set->nr_maps; i++) {
+		set->map[i].nr_queues = set->nr_hw_queues / set->nr_maps;
+		set->map[i].queue_offset = i * set->map[i].nr_queues;
+		blk_mq_map_queues(&set->map[i]);
+	}
 }
 
 static int QCOW_INIT_REQUEST(qcow_init_request)
@@ -653,6 +754,7 @@ const struct blk_mq_ops qcow_mq_ops = {
 	.queue_rq	= qcow_queue_rq,
 	.complete	= qcow_complete_rq,
 	.init_request	= qcow_init_request,
+	.map_queues	= qcow_map_queues,
 };
 
 /**
@@ -666,12 +768,17 @@ const struct blk_mq_ops qcow_mq_ops = {
  */
 int qcow_requests_init(struct qcow_device *dev)
 {
+	init_waitqueue_head(&dev->gate_drained);
+	spin_lock_init(&dev->gate_lock);
+	INIT_LIST_HEAD(&dev->gate_held);
 	dev->wq = alloc_workqueue("qcow%d", WQ_UNBOUND | WQ_MEM_RECLAIM, 0,
 				  dev->index);
 	dev->retry_wq = alloc_workqueue("qcow%d-retry",
 					WQ_UNBOUND | WQ_MEM_RECLAIM, 0,
 					dev->index);
 	if (!dev->wq || !dev->retry_wq ||
+	    percpu_ref_init(&dev->gate, qcow_gate_release,
+			    PERCPU_REF_ALLOW_REINIT, GFP_KERNEL) ||
 	    mempool_init_kmalloc_pool(&dev->segments, QCOW_SEGMENT_POOL_MIN,
 				      sizeof(struct qcow_segment)) ||
 	    mempool_init_kmalloc_pool(&dev->request_vecs, QCOW_VECS_POOL_MIN,
@@ -692,6 +799,7 @@ void qcow_requests_exit(struct qcow_device *dev)
 		destroy_workqueue(dev->wq);
 	if (dev->retry_wq)
 		destroy_workqueue(dev->retry_wq);
+	percpu_ref_exit(&dev->gate);
 	mempool_exit(&dev->segment_vecs);
 	mempool_exit(&dev->request_vecs);
 	mempool_exit(&dev->segments);

@@ -29,6 +29,8 @@
 #define QCOW_CTL_STATUS		_IO(QCOW_IOCTL_MAGIC, 2)	/* struct qcow_status */
 #define QCOW_CTL_LAYER		_IO(QCOW_IOCTL_MAGIC, 3)	/* struct qcow_layer_status */
 #define QCOW_CTL_LIST		_IO(QCOW_IOCTL_MAGIC, 4)	/* struct qcow_list */
+#define QCOW_CTL_FREEZE		_IO(QCOW_IOCTL_MAGIC, 5)	/* struct qcow_freeze */
+#define QCOW_CTL_THAW		_IO(QCOW_IOCTL_MAGIC, 6)	/* struct qcow_thaw */
 
 /* Image formats */
 #define QCOW_FORMAT_RAW		1
@@ -140,6 +142,7 @@ struct qcow_detach {
 #define QCOW_STATUS_DIRECT	(1U << 4)	/* the image's file: direct I/O */
 #define QCOW_STATUS_SNAPSHOT	(1U << 5)	/* it shows an internal snapshot */
 #define QCOW_STATUS_AUTOCLEAR	(1U << 6)	/* it was attached with AUTOCLEAR */
+#define QCOW_STATUS_FROZEN	(1U << 7)	/* writes wait: QCOW_CTL_FREEZE */
 
 /**
  * struct qcow_status - QCOW_CTL_STATUS: state and counters of one device
@@ -245,6 +248,48 @@ struct qcow_list {
 	__u32 count;
 	__u32 reserved;
 	__u64 indices;
+};
+
+#define QCOW_FREEZE_TIMEOUT	60	/* seconds, if nothing else is said */
+#define QCOW_FREEZE_TIMEOUT_MAX	3600
+
+/**
+ * struct qcow_freeze - QCOW_CTL_FREEZE: have the image stay as it is for a while
+ * @size: size of this struct
+ * @flags: 0
+ * @index: the device's number
+ * @timeout: most seconds that writes may wait, up to QCOW_FREEZE_TIMEOUT_MAX; 0
+ *           for QCOW_FREEZE_TIMEOUT. Then the device thaws by itself. Of no
+ *           meaning for a device that is read-only
+ *
+ * On return everything is written, the dirty bit is cleared, and the file stays as
+ * it is: reads go on, and requests that would change something wait. This ends with
+ * QCOW_CTL_THAW through the same open file, with the last close of that (so, too,
+ * when its owner is killed), or after @timeout. EBUSY if the device is frozen
+ * already; EINTR if the caller was killed. A frozen device is not detached.
+ */
+struct qcow_freeze {
+	__u32 size;
+	__u32 flags;
+	__s32 index;
+	__u32 timeout;
+};
+
+/**
+ * struct qcow_thaw - QCOW_CTL_THAW: end what QCOW_CTL_FREEZE began
+ * @size: size of this struct
+ * @flags: 0
+ * @index: the device's number
+ * @reserved: 0
+ *
+ * ENOENT if this open file has not frozen the device, or not any more, since its
+ * time was over. Success says that it was frozen all the time.
+ */
+struct qcow_thaw {
+	__u32 size;
+	__u32 flags;
+	__s32 index;
+	__u32 reserved;
 };
 
 #endif /* _UAPI_LINUX_QCOW_H */
