@@ -72,6 +72,29 @@ for options in lazy_refcounts=on lazy_refcounts=on,cluster_size=512 \
 	same lazy.qcow2 qcow2 want.raw raw "$options"
 done
 
+# qemu-img check -r by itself would delete the snapshots, as the bitmap is not up to
+# date any more.
+qemu-img create -q -f qcow2 -o lazy_refcounts=on snap.qcow2 64M
+qemu-io -f qcow2 -c 'write -q -P 1 0 1M' snap.qcow2
+qemu-img snapshot -c one snap.qcow2
+qemu-img bitmap --add snap.qcow2 map
+attach "$PWD/snap.qcow2"
+write_some 2
+cp snap.qcow2 crash.qcow2
+detach
+is "with a snapshot and a bitmap: it is dirty" "$(bit crash.qcow2)" true
+attach "$PWD/crash.qcow2"
+detach
+like "repaired, it has the snapshot" "$(qemu-img snapshot -l crash.qcow2)" ' one '
+check_clean crash.qcow2 "snapshot and bitmap"
+ok "and that reads right" qemu-img convert -f qcow2 -l one -O raw crash.qcow2 one.raw
+ok "all of it" qemu-io -r -f raw -c 'read -q -P 1 0 1M' one.raw
+cp snap.qcow2 crash.qcow2
+qemu-img bitmap --add crash.qcow2 other
+put_bytes crash.qcow2 88 8000000000000000
+ok "a repair on demand" qcowctl check --repair crash.qcow2
+like "keeps it, too" "$(qemu-img snapshot -l crash.qcow2)" ' one '
+
 # Where nobody asked for it, no bit
 qemu-img create -q -f qcow2 eager.qcow2 64M
 qemu-img create -q -f qcow2 -o compat=0.10 old.qcow2 64M

@@ -20,6 +20,7 @@ enum { CHECK_CLEAN = 0, CHECK_ERRORS = 2, CHECK_LEAKS = 3 };
 /* What timeout(1) exits with, and programs that are not there */
 #define TIMED_OUT	124
 #define EXIT_NOT_FOUND	127
+#define CANNOT_OPEN	126
 
 /* How QEMU is to open a file, as NODE.OPTION=VALUE,..., without locking it. */
 static char *file_options(const char *node, const char *path)
@@ -65,10 +66,10 @@ int run_program(char **argv, bool quiet)
 
 /*
  * Run qemu-img check on an image, and its data file if it has one, for so many
- * @seconds at most, if not NULL. Returns what it exits with.
+ * @seconds at most, if not NULL. Returns what it exits with, or CANNOT_OPEN.
  */
 static int run_check(const char *image, const char *data, const char *seconds,
-		     bool repair, bool quiet)
+		     bool repair, bool snapshots, bool quiet)
 {
 	autofree char *file = file_options("file", image);
 	autofree char *data_file = data ? file_options("data-file", data) : NULL;
@@ -79,16 +80,27 @@ static int run_check(const char *image, const char *data, const char *seconds,
 		"qemu-img", "check", "--image-opts", options,
 		repair ? "-r" : NULL, "all", NULL
 	};
+	char *opening[] = { "qemu-io", "--image-opts", "-c", "quit", options, NULL };
 
+	/*
+	 * Where bitmaps or autoclear bits are not up to date, -r writes the header
+	 * before it has read the snapshot table, and frees all snapshots as leaks
+	 * (QEMU 7.2). Opened in the usual way, the image loses what is out of date,
+	 * and keeps the snapshots.
+	 */
+	if (repair && snapshots && run_program(opening, quiet))
+		return CANNOT_OPEN;
 	return run_program(seconds ? argv : argv + 3, quiet);
 }
 
 static int run_check_chain(const struct chain *chain, bool repair, bool quiet)
 {
 	bool data = chain->layers[0].flags & QCOW_LAYER_DATA_FILE;
+	struct header header;
 
-	return run_check(chain->files[0].path, data ? chain->files[1].path : NULL, NULL,
-			 repair, quiet);
+	return header_read(chain->layers[0].fd, chain->files[0].path, true, &header) ?:
+	       run_check(chain->files[0].path, data ? chain->files[1].path : NULL, NULL,
+			 repair, header.snapshots, quiet);
 }
 
 int repair_dirty(const struct chain *chain, bool refuse)
@@ -143,6 +155,9 @@ static int judge(int status, const char *path, bool repair, bool attached)
 	case CHECK_LEAKS:
 		return fail(EXIT_LEAKS, "%s: has leaked clusters, which take space and do no harm; %sqcowctl check --repair frees them",
 			    path, first);
+	case CANNOT_OPEN:
+		return fail(EXIT_REFUSED, "%s: has snapshots, which qemu-img check -r may delete, and qemu-io cannot open it to prevent that; repair a copy, with qemu-img check -f qcow2 -r all",
+			    path);
 	case EXIT_NOT_FOUND:
 		return fail(EXIT_SYSTEM, "%s: cannot run qemu-img, which checks images; install qemu-utils",
 			    path);
@@ -198,7 +213,7 @@ static int check_device(int index, const char *seconds)
 			    name, image ?: "");
 	/* Of one that is read-only nobody waits for the end. */
 	status = run_check(image, data, read_only && !strcmp(read_only, "1") ? NULL : seconds,
-			   false, false);
+			   false, false, false);
 	if (control_call(QCOW_CTL_THAW, &thaw) || status == TIMED_OUT)
 		return fail(EXIT_BUSY, "%s: the check took longer than %s seconds, and what it said is of no meaning; use a larger --timeout, or detach it, and check %s",
 			    name, seconds, image);

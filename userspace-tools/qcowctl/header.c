@@ -104,6 +104,7 @@ static int parse(const unsigned char *cluster, uint64_t size, const char *path,
 	uint64_t name_offset = get64(cluster + 8);
 	uint32_t name_size = get32(cluster + 16);
 
+	header->snapshots = get32(cluster + 60);
 	if (get32(cluster + 4) >= 3) {
 		length = get32(cluster + 100);
 		if (length < V3_HEADER_LENGTH || length > size)

@@ -84,6 +84,7 @@ int run_program(char **argv, bool quiet);
 /* header.c: what a header says of other files, and "" where it says nothing */
 struct header {
 	uint64_t incompatible;		/* features; version 2 has none */
+	uint32_t snapshots;		/* how many */
 	char backing_name[1024];
 	char backing_format[16];
 	char data_name[4096];

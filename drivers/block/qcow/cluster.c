@@ -168,8 +168,7 @@ static int qcow_l2_make(struct qcow_image *image, u64 guest_offset)
 	if (err)
 		goto out_put;
 	/* QEMU lets a new image end within its L1 table. */
-	err = qcow_file_allocate(&image->file, block->host_offset,
-				 qcow_block_size(image)) ?:
+	err = qcow_block_place(block) ?:
 	      qcow_alloc_clusters(image, 1, &cluster, &got, &zeroed);
 	if (err)
 		goto out_unprepare;

@@ -206,7 +206,11 @@ static int qcow_barrier(struct qcow_image *image, bool data, bool metadata)
 		err = qcow_file_sync(&image->file);
 	if (err)
 		qcow_image_fail(image, "flush failed with error %d", err);
-	return err;
+	/*
+	 * A file tells of lost data once. Somebody else who synced it meanwhile may
+	 * have been told, and it may have been ours.
+	 */
+	return err ?: READ_ONCE(image->failed) ? -EIO : 0;
 }
 
 static int qcow_commit_group(struct qcow_image *image)
@@ -501,11 +505,13 @@ int qcow_commit_all(struct qcow_image *image)
 		if (err)
 			return err;
 		qcow_reclaim(image);
+		/* While somebody else commits, what is dirty is not counted. */
+		mutex_lock(&image->commit_mutex);
 		spin_lock_irq(&image->lock);
-		/* Somebody else may be writing what was dirty. */
 		done = !image->nr_dirty && !image->nr_frees &&
-		       !image->nr_reclaims && !image->committing;
+		       !image->nr_reclaims;
 		spin_unlock_irq(&image->lock);
+		mutex_unlock(&image->commit_mutex);
 	} while (!done);
 	return 0;
 }

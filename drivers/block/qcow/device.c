@@ -26,6 +26,7 @@
 #include <linux/module.h>
 #include <linux/sched.h>
 #include <linux/sizes.h>
+#include <linux/sched/mm.h>
 #include <linux/slab.h>
 #include <linux/sort.h>
 #include <linux/sysfs.h>
@@ -276,12 +277,9 @@ static int QCOW_DISK_OPEN(qcow_disk_open)
 		return -ENXIO;
 	/*
 	 * Who looks at each new disk, as udev does, reads it and shares it: that is
-	 * not the use that it was attached for. Before the attach is over, nobody
-	 * may detach.
+	 * not the use that it was attached for.
 	 */
-	if (dev->autoclear && mode & (QCOW_OPEN_WRITE | QCOW_OPEN_EXCL) &&
-	    /* Pairs with the release at the end of the attach. */
-	    smp_load_acquire(&dev->added))
+	if (dev->autoclear && mode & (QCOW_OPEN_WRITE | QCOW_OPEN_EXCL))
 		WRITE_ONCE(dev->deferred, true);
 	return 0;
 }
@@ -301,8 +299,19 @@ static void QCOW_DISK_RELEASE(qcow_disk_release)
 {
 	struct qcow_device *dev = disk->private_data;
 
-	/* Our caller holds open_mutex, which detach needs. */
-	if (dev->deferred && !disk_openers(disk))
+	struct qcow_device_stats stats;
+
+	if (disk_openers(disk))
+		return;
+	/*
+	 * On Linux before 6.5 a partition that is open, by udev for example, does
+	 * not tell of those who open it besides.
+	 */
+	qcow_device_sum(dev, &stats);
+	if (dev->autoclear && stats.writes)
+		WRITE_ONCE(dev->deferred, true);
+	/* Before the attach is over, nobody detaches. */
+	if (dev->deferred && dev->added)
 		qcow_device_queue_detach(dev);
 }
 
@@ -465,11 +474,15 @@ static int qcow_index_reserve(int wanted)
 {
 	int start = wanted < 0 ? 0 : wanted;
 	int end = wanted < 0 || wanted == INT_MAX ? 0 : wanted + 1;
+	unsigned int scope;
 	int index;
 
+	/* Who thaws a device, so that memory can be freed, needs the mutex. */
+	scope = memalloc_noio_save();
 	mutex_lock(&qcow_devices_mutex);
 	index = idr_alloc(&qcow_devices, NULL, start, end, GFP_KERNEL);
 	mutex_unlock(&qcow_devices_mutex);
+	memalloc_noio_restore(scope);
 	return index == -ENOSPC && wanted >= 0 ? -EEXIST : index;
 }
 
@@ -578,6 +591,7 @@ int qcow_device_attach(const struct qcow_attach *args,
 {
 	struct qcow_image *image;
 	struct qcow_device *dev;
+	struct gendisk *disk;
 	int err;
 
 	if (layers[0].format != QCOW_FORMAT_QCOW2) {
@@ -627,6 +641,7 @@ int qcow_device_attach(const struct qcow_attach *args,
 	if (err)
 		goto err_requests;
 
+	disk = dev->disk;
 	/* The caller has the control node open, so the module is here. */
 	__module_get(THIS_MODULE);
 	/* Who learns of the disk as it is added can ask for its status. */
@@ -642,10 +657,16 @@ int qcow_device_attach(const struct qcow_attach *args,
 		/* Who sees the function sees the data. */
 		smp_store_release(&image->on_corrupt, qcow_device_on_corrupt);
 	}
+	/* From here on it may be detached; but not before open_mutex is free. */
+	get_device(disk_to_dev(disk));
+	mutex_lock(&disk->open_mutex);
 	mutex_lock(&qcow_devices_mutex);
-	/* The last thing done to it here: the last close may come now. */
-	smp_store_release(&dev->added, true);
+	dev->added = true;
 	mutex_unlock(&qcow_devices_mutex);
+	if (dev->deferred && !disk_openers(disk))
+		qcow_device_queue_detach(dev);
+	mutex_unlock(&disk->open_mutex);
+	put_disk(disk);
 	return 0;
 
 err_disk:

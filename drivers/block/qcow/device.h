@@ -58,7 +58,8 @@ struct qcow_device_stats {
  * @discard: QCOW_DISCARD_*
  * @read_only: the device refuses writes
  * @autoclear: to be detached by the last close behind its first use
- * @added: the attach is over, but for its return; set under qcow_devices_mutex
+ * @added: the attach is over, but for its return; set under disk->open_mutex and
+ *	qcow_devices_mutex
  * @claimed: being detached, cannot be opened; guarded by disk->open_mutex, and
  *	set under qcow_devices_mutex, too
  * @deferred: to be detached by the last close; guarded by disk->open_mutex

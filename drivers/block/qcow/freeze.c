@@ -50,7 +50,8 @@ static struct workqueue_struct *qcow_thaw_wq;
 /* The caller has taken the device off the list, or it was not there yet. */
 static void qcow_freeze_end(struct qcow_device *dev)
 {
-	qcow_gate_open(dev);
+	if (!dev->read_only)
+		qcow_gate_open(dev);
 	qcow_device_release(dev);
 }
 
@@ -124,9 +125,8 @@ int qcow_freeze(int index, const struct file *owner, unsigned int timeout)
 
 	if (IS_ERR(dev))
 		return PTR_ERR(dev);
-	err = qcow_gate_shut(dev);
-	if (!err && !dev->read_only)
-		err = qcow_image_settle(dev->chain->layers[0]);
+	err = dev->read_only ? 0 : qcow_gate_shut(dev) ?:
+				   qcow_image_settle(dev->chain->layers[0]);
 	if (err) {
 		qcow_freeze_end(dev);
 		return err;

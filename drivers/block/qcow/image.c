@@ -114,15 +114,18 @@ int qcow_image_update_header(struct qcow_image *image, size_t offset,
 	unsigned int scope;
 	int err;
 
-	block = qcow_block_get(image, 0);
-	if (IS_ERR(block))
-		return PTR_ERR(block);
 	scope = qcow_io_scope_enter();
+	block = qcow_block_get(image, 0);
+	if (IS_ERR(block)) {
+		err = PTR_ERR(block);
+		goto out;
+	}
 	mutex_lock(&image->header_mutex);
 	err = qcow_header_write(image, block, offset, data, len);
 	mutex_unlock(&image->header_mutex);
-	qcow_io_scope_exit(scope);
 	qcow_block_put(block);
+out:
+	qcow_io_scope_exit(scope);
 	return err;
 }
 
@@ -135,10 +138,12 @@ static int qcow_image_set_features(struct qcow_image *image, u64 set, u64 clear)
 	u64 features;
 	int err = 0;
 
-	block = qcow_block_get(image, 0);
-	if (IS_ERR(block))
-		return PTR_ERR(block);
 	scope = qcow_io_scope_enter();
+	block = qcow_block_get(image, 0);
+	if (IS_ERR(block)) {
+		err = PTR_ERR(block);
+		goto out;
+	}
 	mutex_lock(&image->header_mutex);
 	features = (image->incompatible | set) & ~clear;
 	disk = cpu_to_be64(features);
@@ -150,8 +155,9 @@ static int qcow_image_set_features(struct qcow_image *image, u64 set, u64 clear)
 	if (!err)
 		image->incompatible = features;
 	mutex_unlock(&image->header_mutex);
-	qcow_io_scope_exit(scope);
 	qcow_block_put(block);
+out:
+	qcow_io_scope_exit(scope);
 	return err;
 }
 
@@ -572,8 +578,10 @@ struct qcow_finish {
 static void qcow_finish_work_fn(struct work_struct *work)
 {
 	struct qcow_finish *finish = container_of(work, struct qcow_finish, work);
+	unsigned int scope = qcow_io_scope_enter();
 
 	finish->err = finish->fn(finish->image);
+	qcow_io_scope_exit(scope);
 }
 
 /*

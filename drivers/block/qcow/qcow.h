@@ -320,6 +320,7 @@ enum {
  * @dirty: @data is newer than what was last handed to a commit, image->lock
  * @writing: a commit is writing it, and its barrier is not over, image->lock
  * @written: it has done so without an error, commit_mutex
+ * @placed: qcow_block_place() has been here
  * @kind: known from the first change on, image->lock
  * @dirty_node: in image->dirty[@kind], guarded by image->lock
  * @writing_node: in the list of the commit that writes it
@@ -340,6 +341,7 @@ struct qcow_block {
 	bool dirty;
 	bool writing;
 	bool written;
+	bool placed;
 	enum qcow_block_kind kind;
 	struct list_head dirty_node;
 	struct list_head writing_node;
@@ -353,6 +355,7 @@ void qcow_cache_relieve(struct qcow_cache *cache);
 void qcow_cache_put(struct qcow_cache *cache);
 struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset);
 void qcow_block_put(struct qcow_block *block);
+int qcow_block_place(struct qcow_block *block);
 int qcow_block_prepare(struct qcow_block *block);
 int qcow_block_claim_locked(struct qcow_block *block,
 			    enum qcow_block_kind kind);

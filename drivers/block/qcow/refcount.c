@@ -439,8 +439,7 @@ static int qcow_refblocks_create(struct qcow_image *image, u64 first)
 	err = qcow_block_prepare(table);
 	if (err)
 		goto out_put;
-	err = qcow_file_allocate(&image->file, table->host_offset,
-				 qcow_block_size(image));
+	err = qcow_block_place(table);
 	if (err)
 		goto out_unprepare;
 
@@ -579,6 +578,11 @@ static int qcow_reftable_grow(struct qcow_image *image, u32 old_clusters)
 	if (err) {
 		qcow_image_fail(image, "cannot flush the new refcount table: %d",
 				err);
+		goto out_unlock;
+	}
+	/* Perhaps somebody else was told what we should have been. */
+	if (READ_ONCE(image->failed)) {
+		err = -EIO;
 		goto out_unlock;
 	}
 	fields.offset = cpu_to_be64(table);

@@ -25,8 +25,14 @@
  * be waiting for, and the wait ends.
  *
  * What it does have is a tag. Reads go on nevertheless, however many writes wait,
- * as they have hardware queues of their own. Flushes do not, and they pass the gate,
- * but may wait for a tag.
+ * as they have hardware queues of their own; with an I/O scheduler, which has one
+ * queue for all, they may wait behind more than a queue full of writes. Flushes have
+ * none of their own: they pass the gate, but may wait for a tag, or behind a write
+ * that the block layer flushes before. And who has the queue frozen, to change the
+ * scheduler for example, waits until the gate opens, and all that comes then waits
+ * for that.
+ *
+ * A device that is read-only changes nothing, and has no use for its gate.
  */
 #include <linux/blk-cgroup.h>
 #include <linux/blk-mq.h>
@@ -723,8 +729,8 @@ static blk_status_t qcow_queue_rq(struct blk_mq_hw_ctx *hctx,
 #endif
 	}
 #endif
-	if (req_op(rq) == REQ_OP_READ || req_op(rq) == REQ_OP_FLUSH ||
-	    qcow_gate_enter(req))
+	if (req->dev->read_only || req_op(rq) == REQ_OP_READ ||
+	    req_op(rq) == REQ_OP_FLUSH || qcow_gate_enter(req))
 		queue_work(req->dev->wq, &req->work);
 	return BLK_STS_OK;
 }

@@ -331,6 +331,7 @@ struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset)
 	block->dirty = false;
 	block->writing = false;
 	block->written = false;
+	block->placed = false;
 	block->kind = QCOW_BLOCK_KINDS;
 	INIT_LIST_HEAD(&block->dirty_node);
 	INIT_LIST_HEAD(&block->writing_node);
@@ -404,6 +405,31 @@ int qcow_block_claim_locked(struct qcow_block *block, enum qcow_block_kind kind)
 	qcow_image_corrupt(block->image, "host offset 0x%llx is in use as a refcount block and as another table",
 			   block->host_offset);
 	return -EIO;
+}
+
+/**
+ * qcow_block_place - take the space that a block needs in the file
+ * @block: an L1 or refcount table block, prepared by the caller
+ *
+ * Where the file has a hole, or ends, a commit may lack it later. Once for each time
+ * that the block is cached, since it stops all I/O on some file systems.
+ *
+ * Context: may sleep.
+ *
+ * Return: 0, -ENOSPC or -EDQUOT.
+ */
+int qcow_block_place(struct qcow_block *block)
+{
+	struct qcow_image *image = block->image;
+	int err;
+
+	if (READ_ONCE(block->placed))
+		return 0;
+	err = qcow_file_allocate(&image->file, block->host_offset,
+				 qcow_block_size(image));
+	if (!err)
+		WRITE_ONCE(block->placed, true);
+	return err;
 }
 
 /**
