@@ -25,18 +25,20 @@ if [[ ${QCOW_SOAK-} ]]; then
 fi
 
 # NAME  MODE  SIZE  IMAGE-OPTIONS  CHAIN  QCOW-DIFF-OPTIONS
+# With +compress in CHAIN it is attached so.
 CASES=(
 	'block-64k-lazy block 12M cluster_size=64k,lazy_refcounts=on none --jobs 1'
 	'block-512-rc64-overlay block 4M cluster_size=512,refcount_bits=64 raw --jobs 1 --max-io 128k'
 	'block-4k-jobs block 12M cluster_size=4k none --jobs 4 --max-io 256k'
 	'block-64k-ext-overlay-snapshot block 12M cluster_size=64k,extended_l2=on raw+snapshot --jobs 2'
-	'block-4k-packed-overlay-snapshot block 12M cluster_size=4k qcow2+packed+snapshot --jobs 2 --max-io 256k'
+	'block-4k-packed-overlay-snapshot block 12M cluster_size=4k qcow2+packed+compress+snapshot --jobs 2 --max-io 256k'
 	'file-64k-data file 12M cluster_size=64k,data_file=image.data raw --jobs 2'
 	'file-4k-overlay-snapshot file 12M cluster_size=4k raw+snapshot --jobs 1 --max-io 256k'
 )
 if [[ ${QCOW_SOAK-} ]] || (($#)); then
 	CASES+=(
 		'block-64k block 12M cluster_size=64k none --jobs 1'
+		'block-4k-compress block 12M cluster_size=4k none+compress --jobs 4 --max-io 256k'
 		'block-512 block 4M cluster_size=512 none --jobs 1 --max-io 128k'
 		'block-1k-rc64 block 4M cluster_size=1k,refcount_bits=64 raw --jobs 1 --max-io 128k'
 		'block-64k-overlay-snapshot block 12M cluster_size=64k raw+snapshot --jobs 2'
@@ -106,7 +108,7 @@ make_storage() (
 )
 
 run_case() {
-	local name mode size options chain args dir file=() ok=1
+	local name mode size options chain args dir file=() attach='' ok=1
 
 	read -r name mode size options chain args <<<"$1"
 	read -ra args <<<"$args"
@@ -116,6 +118,9 @@ run_case() {
 		diag "$(<"$WORK/.out")"
 		return 1
 	fi
+	if [[ $chain == *+compress* ]]; then
+		attach=--compress
+	fi
 	if [[ $mode == file ]]; then
 		file=(--file /image)
 		[[ $options != *data_file=* ]] || file+=(--data /image.data)
@@ -123,7 +128,7 @@ run_case() {
 	# shellcheck disable=SC2086
 	if ! ok "$name: the load runs" "$tree/tests/guest/run" -k "$kernel" ${GUEST_ARGS-} \
 		-t 300 -d "$dir" \
-		-D "$dir/storage.raw" -D "$dir/log.raw" -- env ATTACH="${ATTACH-}" \
+		-D "$dir/storage.raw" -D "$dir/log.raw" -- env ATTACH="${ATTACH-} $attach" \
 		${GUEST_ENV-} tests/crash/record "$dir" "$mode" --seed "$seed" --ops "$ops" \
 		--cluster "$(sed 's/cluster_size=//; s/,.*//' <<<"$options")" \
 		--mix "$mix" "${args[@]}"; then
