@@ -87,14 +87,15 @@ dirty() {
 	(($(od -An -tu1 -j79 -N1 "$1") & 1))
 }
 
-# Under load, what is checked has neither errors nor leaks.
+# Under load, what is checked has neither errors nor leaks. ATTACH: options of attach
+ATTACH=()
 checked_under_load() {
 	local name=$1 load n bad=0 before
 	shift
 
 	rm -f load.qcow2 load.raw
 	qemu-img create -q -f qcow2 "$@" load.qcow2 16M
-	attach "$WORK/load.qcow2" || return
+	attach "${ATTACH[@]}" "$WORK/load.qcow2" || return
 	qcow-diff --quiet --ops "$ops" --jobs 4 --mirror-out load.raw "$DEV" >load.out 2>&1 &
 	load=$!
 	before=$("$QCOWCTL" info -J "$DEV" | jq .allocated)
@@ -122,6 +123,9 @@ checked_under_load "lazy" -o lazy_refcounts=on,cluster_size=4k
 checked_under_load "subclusters" -o extended_l2=on,cluster_size=16k
 rm -f data.raw
 checked_under_load "data file" -o "data_file=$WORK/data.raw,cluster_size=4k"
+ATTACH=(--compress)
+checked_under_load "compressed" -o cluster_size=4k
+ATTACH=()
 
 # While it is frozen
 qemu-img create -q -f qcow2 -o lazy_refcounts=on image.qcow2 64M
