@@ -25,8 +25,8 @@
 #include <linux/idr.h>
 #include <linux/module.h>
 #include <linux/sched.h>
-#include <linux/sizes.h>
 #include <linux/sched/mm.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 #include <linux/sort.h>
 #include <linux/sysfs.h>
@@ -298,7 +298,6 @@ static void qcow_device_queue_detach(struct qcow_device *dev)
 static void QCOW_DISK_RELEASE(qcow_disk_release)
 {
 	struct qcow_device *dev = disk->private_data;
-
 	struct qcow_device_stats stats;
 
 	if (disk_openers(disk))
