@@ -57,13 +57,17 @@ done
 
 # Every size of clusters; the last one is cut short by the end of the disk
 for cs in 512 4k 64k 512k; do
-	qemu-img create -q -f qcow2 -o "cluster_size=$cs,compression_type=zstd" x.qcow2 "$SIZE"
+	size=$SIZE
+	# Many small ones take the debug kernel long.
+	[[ $cs != 512 ]] || size=$MiB
+	head -c "$size" plain >part
+	qemu-img create -q -f qcow2 -o "cluster_size=$cs,compression_type=zstd" x.qcow2 "$size"
 	attach --compress "$PWD/x.qcow2"
-	dd if=plain of="$DEV" bs=1M oflag=direct status=none
-	ok "$cs: reads right" cmp plain "$DEV"
+	dd if=part of="$DEV" bs=1M oflag=direct status=none
+	ok "$cs: reads right" cmp part "$DEV"
 	detach
 	check_clean x.qcow2
-	same plain raw x.qcow2 qcow2
+	same part raw x.qcow2 qcow2
 	ok "$cs: some of it is compressed" [ "$(compressed x.qcow2)" -gt 9 ]
 done
 
@@ -148,8 +152,7 @@ head -c $((12 * MiB)) /dev/urandom | base64 -w 0 >letters
 not_ok "there is no space for all of it" dd if=letters of="$DEV" bs=64k oflag=direct
 like "that is said" "$(<"$WORK/.out")" "No space left"
 blkdiscard -o $((2 * MiB)) -l $((30 * MiB)) "$DEV"
-sync "$DEV"
-ok "after a discard and a flush there is" dd if=text of="$DEV" bs=64k seek=100 oflag=direct,sync
+ok "after a discard there is" dd if=text of="$DEV" bs=64k seek=100 oflag=direct,sync
 cmp -n $((2 * MiB)) letters "$DEV"
 is "what was written first is there" $? 0
 detach

@@ -58,6 +58,24 @@ fill_and_free tmpfs mem 64k 1 --io=auto
 fill_and_free tmpfs-512 mem 512 4 --io=buffered
 umount mem
 
+# Clusters that are discarded make room for the next write, with no flush between.
+write_text() {
+	base64 -w 0 /dev/urandom | dd of="$DEV" bs=64k iflag=fullblock oflag=direct status=none "$@"
+}
+for option in --io=direct --io=buffered --compress; do
+	mount -o loop small.img small
+	fallocate -l 10M small/ballast
+	qemu-img create -q -f qcow2 small/image 64M
+	attach "$option" "$WORK/small/image"
+	not_ok "$option: the file system is filled" write_text
+	ok "$option: some of it is discarded" blkdiscard -l 4M "$DEV"
+	ok "$option: at once there is room for other data" write_text seek=512 count=48
+	detach
+	check_clean small/image "$option: discarded, written"
+	rm small/image small/ballast
+	umount small
+done
+
 # Full at detach: either it has room for its tables, or it says that it has not.
 mount -o loop small.img small
 fallocate -l 10M small/ballast

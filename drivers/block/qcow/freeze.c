@@ -175,8 +175,9 @@ void qcow_thaw_all(const struct file *owner)
  */
 int qcow_freezes_init(void)
 {
-	qcow_thaw_wq = alloc_workqueue("qcow-thaw", WQ_UNBOUND | WQ_MEM_RECLAIM,
-				       0);
+	/* Freezable: the file must not change while a hibernation image is written. */
+	qcow_thaw_wq = alloc_workqueue("qcow-thaw", WQ_UNBOUND | WQ_MEM_RECLAIM |
+				       WQ_FREEZABLE, 0);
 	return qcow_thaw_wq ? 0 : -ENOMEM;
 }
 

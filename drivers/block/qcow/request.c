@@ -241,17 +241,50 @@ static void qcow_segment_end(struct qcow_segment *seg, int err)
 	qcow_request_put(req);
 }
 
-static void qcow_segment_retry(struct work_struct *work)
+static int qcow_segment_rw(struct qcow_segment *seg)
 {
-	struct qcow_segment *seg = container_of(work, struct qcow_segment,
-						retry);
 	unsigned int scope = qcow_io_scope_enter();
 	int err;
 
 	qcow_segment_iter(seg);
 	err = qcow_file_rw(seg->file, &seg->io.iter, seg->pos, seg->iocb_flags);
 	qcow_io_scope_exit(scope);
-	qcow_segment_end(seg, err);
+	return err;
+}
+
+/* There was no space, but what has been discarded just now may be enough. */
+static void qcow_segment_make_room(struct work_struct *work)
+{
+	struct qcow_segment *seg = container_of(work, struct qcow_segment,
+						retry);
+	unsigned int scope = qcow_io_scope_enter();
+
+	qcow_reclaim_now(qcow_request_image(seg->req));
+	qcow_io_scope_exit(scope);
+	qcow_segment_end(seg, qcow_segment_rw(seg));
+}
+
+/*
+ * Space is made for those that change the mapping only: the others are in an epoch,
+ * for which the reclaim would wait. It may commit, so it is for the workers that
+ * the requests have: those of the retries are what an epoch may wait for.
+ */
+static void qcow_segment_result(struct qcow_segment *seg, int err)
+{
+	if (seg->mapping && qcow_status(err) == BLK_STS_NOSPC) {
+		INIT_WORK(&seg->retry, qcow_segment_make_room);
+		queue_work(seg->req->dev->wq, &seg->retry);
+	} else {
+		qcow_segment_end(seg, err);
+	}
+}
+
+static void qcow_segment_retry(struct work_struct *work)
+{
+	struct qcow_segment *seg = container_of(work, struct qcow_segment,
+						retry);
+
+	qcow_segment_result(seg, qcow_segment_rw(seg));
 }
 
 /* Is it worth another try, in a context that may wait? */
@@ -272,7 +305,7 @@ static void qcow_segment_done(struct qcow_io *io, long ret)
 		INIT_WORK(&seg->retry, qcow_segment_retry);
 		queue_work(seg->req->dev->retry_wq, &seg->retry);
 	} else {
-		qcow_segment_end(seg, ret);
+		qcow_segment_result(seg, ret);
 	}
 }
 
@@ -484,6 +517,7 @@ static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 	struct qcow_extent extent;
 	struct qcow_segment *seg;
 	u64 skip, piece, done;
+	bool made_room = false;
 	bool whole;
 	int err;
 
@@ -529,6 +563,11 @@ static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 						 piece, &done);
 		if (err)
 			mempool_free(seg, &req->dev->segments);
+		if (qcow_status(err) == BLK_STS_NOSPC && !made_room) {
+			made_room = true;
+			qcow_reclaim_now(image);
+			continue;
+		}
 		if (err < 0)
 			return err;
 		/* 1: somebody else linked the cluster meanwhile. Look again. */
