@@ -31,6 +31,18 @@ static size_t qcow_zlib_unpack_size(void)
 	return zlib_inflate_workspacesize();
 }
 
+static z_stream qcow_zlib_stream(const struct qcow_coder *coder, const void *src,
+				 u32 src_len, void *dst, u32 dst_len)
+{
+	return (z_stream) {
+		.workspace = coder->workspace,
+		.next_in = src,
+		.avail_in = src_len,
+		.next_out = dst,
+		.avail_out = dst_len,
+	};
+}
+
 /*
  * Raw deflate. QEMU writes with a window of 4 KiB, others with one of 32 KiB. The
  * output being full is what counts: the end mark of the stream may be missing.
@@ -38,13 +50,7 @@ static size_t qcow_zlib_unpack_size(void)
 static int qcow_zlib_unpack(struct qcow_coder *coder, const void *src,
 			    u32 src_len, void *dst, u32 dst_len)
 {
-	z_stream stream = {
-		.workspace = coder->workspace,
-		.next_in = src,
-		.avail_in = src_len,
-		.next_out = dst,
-		.avail_out = dst_len,
-	};
+	z_stream stream = qcow_zlib_stream(coder, src, src_len, dst, dst_len);
 	int ret;
 
 	if (zlib_inflateInit2(&stream, -MAX_WBITS) != Z_OK)
@@ -65,13 +71,7 @@ static size_t qcow_zlib_pack_size(u32 cluster_size)
 static u32 qcow_zlib_pack(struct qcow_coder *coder, const void *src,
 			  u32 src_len, void *dst, u32 dst_len)
 {
-	z_stream stream = {
-		.workspace = coder->workspace,
-		.next_in = src,
-		.avail_in = src_len,
-		.next_out = dst,
-		.avail_out = dst_len,
-	};
+	z_stream stream = qcow_zlib_stream(coder, src, src_len, dst, dst_len);
 	int ret;
 
 	if (zlib_deflateInit2(&stream, Z_DEFAULT_COMPRESSION, Z_DEFLATED,
