@@ -167,14 +167,17 @@ static int qcow_l2_make(struct qcow_image *image, u64 guest_offset)
 	err = qcow_block_prepare(block);
 	if (err)
 		goto out_put;
+	old &= QCOW_L1_OFFSET_MASK;
+	/* What is not this table alone must not be freed with it. */
+	if (old)
+		err = qcow_overlap_expect(image, QCOW_METADATA_L2, old);
 	/* QEMU lets a new image end within its L1 table. */
-	err = qcow_block_place(block) ?:
+	err = err ?: qcow_block_place(block) ?:
 	      qcow_alloc_clusters(image, 1, &cluster, &got, &zeroed);
 	if (err)
 		goto out_unprepare;
 
 	new = cluster << image->cluster_bits;
-	old &= QCOW_L1_OFFSET_MASK;
 	err = qcow_l2_fill(image, new, old);
 	if (!err) {
 		qcow_overlap_add(image, QCOW_METADATA_L2, new,

@@ -400,6 +400,9 @@ static int qcow_reclaim_run(struct qcow_image *image, struct qcow_free *free)
 	u64 cluster, next, count;
 	int err;
 
+	/* Where an image is damaged, others may lead there, too. */
+	if (READ_ONCE(image->corrupt))
+		return -EIO;
 	/* Tables that are freed are not known as tables any more. */
 	err = qcow_overlap_check(image, first << image->cluster_bits,
 				 free->count << image->cluster_bits);
@@ -464,7 +467,7 @@ static void qcow_reclaim(struct qcow_image *image)
 		list_del(&free->node);
 		err = qcow_reclaim_run(image, free);
 		if (err)
-			pr_warn_ratelimited("qcow: %pD: host clusters %llu to %llu stay allocated: error %d; 'qemu-img check -r leaks' frees them\n",
+			pr_warn_ratelimited("qcow: %pD: host clusters %llu to %llu stay allocated: error %d; 'qcowctl check --repair' frees them\n",
 					    image->file.file, free->cluster,
 					    free->cluster + free->count - 1,
 					    err);
@@ -591,7 +594,7 @@ struct qcow_free *qcow_free_alloc(struct qcow_image *image)
 		}
 		qcow_reclaim_now(image);
 	}
-	pr_warn_ratelimited("qcow: %pD: out of memory: freed host clusters stay allocated; 'qemu-img check -r leaks' frees them\n",
+	pr_warn_ratelimited("qcow: %pD: out of memory: freed host clusters stay allocated; 'qcowctl check --repair' frees them\n",
 			    image->file.file);
 	return NULL;
 }

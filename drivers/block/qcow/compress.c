@@ -460,8 +460,9 @@ void qcow_unpack_exit(struct qcow_unpack *unpack)
  * @image: a qcow2 image that is being opened
  *
  * Whether the image has any is not known before one is met, and then it may be
- * too late to ask for memory. There is no I/O yet on images of this cache, as
- * they are opened one after the other by an attach that has no device yet.
+ * too late to ask for memory. There is no I/O yet on images of this cache: they are
+ * opened one after the other by an attach that has no device yet, and until it has
+ * them all, no other attach can come to share one.
  *
  * Return: 0 or -ENOMEM.
  */

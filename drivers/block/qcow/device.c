@@ -37,6 +37,9 @@
 #define QCOW_MAX_HW_QUEUES	16U
 #define QCOW_MAX_SECTORS	8192
 
+/* Held while a chain is opened; then another attach may share what is in it. */
+static DEFINE_MUTEX(qcow_chains_mutex);
+
 static DEFINE_MUTEX(qcow_devices_mutex);
 static DEFINE_IDR(qcow_devices);
 static struct workqueue_struct *qcow_detach_wq;
@@ -195,10 +198,13 @@ static DEVICE_ATTR_RO(damage);
 /* The image is damaged, as was just found: have udev look at the state. */
 static void qcow_device_on_corrupt(void *data)
 {
-	char *env[2] = { "QCOW_CORRUPT=1" };
+	char *env[3] = { "QCOW_CORRUPT=1" };
 	struct qcow_device *dev = data;
 
+	env[1] = kasprintf(GFP_KERNEL, "QCOW_DAMAGE=%s",
+			   dev->chain->layers[0]->damage.text);
 	kobject_uevent_env(&disk_to_dev(dev->disk)->kobj, KOBJ_CHANGE, env);
+	kfree(env[1]);
 }
 
 #define QCOW_STATUS_ATTR(name, member)					\
@@ -314,9 +320,15 @@ static void QCOW_DISK_RELEASE(qcow_disk_release)
 		qcow_device_queue_detach(dev);
 }
 
+static void qcow_device_free(struct qcow_device *dev)
+{
+	lockdep_unregister_key(&dev->flush_key);
+	kfree(dev);
+}
+
 static void qcow_disk_free(struct gendisk *disk)
 {
-	kfree(disk->private_data);
+	qcow_device_free(disk->private_data);
 }
 
 static const struct block_device_operations qcow_disk_ops = {
@@ -433,6 +445,7 @@ static int qcow_device_open_chain(struct qcow_device *dev,
 	struct qcow_chain *chain;
 	int err;
 
+	lockdep_assert_held(&qcow_chains_mutex);
 	chain = kvzalloc(struct_size(chain, layers, dev->nr_layers), GFP_KERNEL);
 	if (!chain)
 		return -ENOMEM;
@@ -605,6 +618,7 @@ int qcow_device_attach(const struct qcow_attach *args,
 	dev->read_only = args->flags & QCOW_ATTACH_READ_ONLY;
 	dev->autoclear = args->flags & QCOW_ATTACH_AUTOCLEAR;
 	INIT_WORK(&dev->detach_work, qcow_detach_work_fn);
+	lockdep_register_key(&dev->flush_key);
 	qcow_freeze_setup(dev);
 
 	dev->index = qcow_index_reserve(args->index);
@@ -629,7 +643,11 @@ int qcow_device_attach(const struct qcow_attach *args,
 	err = qcow_device_check_loop(dev, msg);
 	if (err)
 		goto err_files;
+	err = mutex_lock_killable(&qcow_chains_mutex);
+	if (err)
+		goto err_files;
 	err = qcow_device_open_chain(dev, args, layers, snapshot, msg);
+	mutex_unlock(&qcow_chains_mutex);
 	if (err)
 		goto err_files;
 	err = qcow_pack_init(dev->chain->layers[0], args->compress, msg) ?:
@@ -686,7 +704,7 @@ err_stats:
 err_index:
 	qcow_index_release(dev->index);
 err_free:
-	kfree(dev);
+	qcow_device_free(dev);
 	return err;
 }
 

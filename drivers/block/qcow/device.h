@@ -40,6 +40,7 @@ struct qcow_device_stats {
  * @index: N
  * @disk: lives as long as this struct
  * @tag_set: of the queue
+ * @flush_key: the lock class of its flush machinery
  * @wq: request workers
  * @retry_wq: for I/O that @wq may be waiting for
  * @segments: struct qcow_segment
@@ -75,6 +76,7 @@ struct qcow_device {
 	int index;
 	struct gendisk *disk;
 	struct blk_mq_tag_set tag_set;
+	struct lock_class_key flush_key;
 	struct workqueue_struct *wq;
 	struct workqueue_struct *retry_wq;
 	mempool_t segments;

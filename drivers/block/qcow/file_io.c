@@ -26,9 +26,24 @@
 
 #include "qcow.h"
 
-/* Direct I/O at 512-byte offsets, lengths and addresses works. */
-static bool qcow_file_can_direct(struct file *file)
+/* A file system that lies on others cannot tell, but it refuses to do it. */
+static bool qcow_file_try_direct(struct qcow_file *f)
 {
+	void *sector = kmalloc(QCOW_SECTOR, GFP_KERNEL);
+	int err = -EINVAL;
+
+	if (sector) {
+		f->direct = true;
+		err = qcow_file_read(f, sector, QCOW_SECTOR, 0);
+	}
+	kfree(sector);
+	return err != -EINVAL && err != -EOPNOTSUPP;
+}
+
+/* Direct I/O at 512-byte offsets, lengths and addresses works. */
+static bool qcow_file_can_direct(struct qcow_file *f)
+{
+	struct file *file = f->file;
 	struct kstat stat = {};
 
 	if (!(file->f_mode & FMODE_CAN_ODIRECT))
@@ -45,7 +60,7 @@ static bool qcow_file_can_direct(struct file *file)
 	if (file_inode(file)->i_sb->s_bdev)
 		return bdev_logical_block_size(file_inode(file)->i_sb->s_bdev) <=
 		       QCOW_SECTOR;
-	return true;
+	return qcow_file_try_direct(f);
 }
 
 /**
@@ -116,24 +131,28 @@ int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 	}
 	f->bdev = S_ISBLK(inode->i_mode);
 	f->writable = writable;
-	f->direct = io_mode != QCOW_IO_BUFFERED && qcow_file_can_direct(file);
+	f->file = file;
+	f->direct = io_mode != QCOW_IO_BUFFERED && qcow_file_can_direct(f);
 	if (io_mode == QCOW_IO_DIRECT && !f->direct) {
 		qcow_message_set(msg, "%pD does not allow direct I/O of 512 bytes; use --io=auto",
 				 file);
-		fput(file);
-		return -EINVAL;
+		err = -EINVAL;
+		goto err_file;
 	}
 	if (!writable && !f->bdev) {
 		err = deny_write_access(file);
 		if (err) {
 			qcow_message_set(msg, "%pD is open for writing elsewhere",
 					 file);
-			fput(file);
-			return err;
+			goto err_file;
 		}
 	}
-	f->file = file;
 	return 0;
+
+err_file:
+	f->file = NULL;
+	fput(file);
+	return err;
 }
 
 /**

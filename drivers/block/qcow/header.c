@@ -383,7 +383,7 @@ static int check_table_overlap(const struct qcow_table *a,
 		return 0;
 
 	qcow_message_set(msg,
-			 "the %s at %llu overlaps the %s at %llu; repair the image with 'qemu-img check -r all', or attach it read-only",
+			 "the %s at %llu overlaps the %s at %llu; repair the image with 'qcowctl check --repair', or attach it read-only",
 			 a->what, a->offset, b->what, b->offset);
 	return -EUCLEAN;
 }
@@ -672,7 +672,7 @@ static int check_header(const void *buf, u32 cluster_size, bool writable,
 		return ret;
 	if (writable && (header->incompatible & QCOW_INCOMPAT_CORRUPT)) {
 		qcow_message_set(msg,
-				 "the image is marked corrupt; repair it with 'qemu-img check -r all', or attach it read-only");
+				 "the image is marked corrupt; repair it with 'qcowctl check --repair', or attach it read-only");
 		return -EUCLEAN;
 	}
 	if ((header->incompatible & QCOW_INCOMPAT_EXTENDED_L2) &&
@@ -710,7 +710,7 @@ static int check_header(const void *buf, u32 cluster_size, bool writable,
 		return ret;
 	if (writable && (header->incompatible & QCOW_INCOMPAT_DIRTY)) {
 		qcow_message_set(msg,
-				 "the image was not closed cleanly (dirty bit), its refcounts may be wrong; run 'qemu-img check -r all', or attach it read-only");
+				 "the image was not closed cleanly (dirty bit), its refcounts may be wrong; run 'qcowctl check --repair', or attach it read-only");
 		return -EUCLEAN;
 	}
 	return 0;

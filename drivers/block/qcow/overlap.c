@@ -147,16 +147,19 @@ void qcow_overlap_add(struct qcow_image *image, enum qcow_metadata kind,
 }
 
 /**
- * qcow_overlap_remove - a table is no longer there
+ * qcow_overlap_remove - an entry does not lead to a table any more
  * @image: a writable image
  * @host_offset: bytes
  * @length: bytes
+ *
+ * If others lead there, which is damage, it stays a table, and is not freed.
  *
  * Context: process.
  */
 void qcow_overlap_remove(struct qcow_image *image, u64 host_offset, u64 length)
 {
 	unsigned long cluster, last;
+	u64 at, done = U64_MAX;
 	void *entry;
 	size_t i;
 
@@ -165,10 +168,13 @@ void qcow_overlap_remove(struct qcow_image *image, u64 host_offset, u64 length)
 	xa_for_each_range(&image->metadata, cluster, entry, cluster, last)
 		xa_erase(&image->metadata, cluster);
 	for (i = qcow_known_from(image, host_offset); i < image->nr_known; i++) {
-		if (image->known[i] >= host_offset + length)
+		at = image->known[i] & ~QCOW_KNOWN_KIND;
+		if (at >= host_offset + length)
 			break;
-		WRITE_ONCE(image->known[i],
-			   image->known[i] | QCOW_KNOWN_NOTHING);
+		if (at == done || image->known[i] == (at | QCOW_KNOWN_NOTHING))
+			continue;
+		WRITE_ONCE(image->known[i], at | QCOW_KNOWN_NOTHING);
+		done = at;
 	}
 }
 

@@ -266,14 +266,15 @@ static void qcow_segment_make_room(struct work_struct *work)
 
 /*
  * Space is made for those that change the mapping only: the others are in an epoch,
- * for which the reclaim would wait. It may commit, so it is for the workers that
- * the requests have: those of the retries are what an epoch may wait for.
+ * for which the reclaim would wait, and for retries in their queue. And they hold
+ * ranges, so they must not come behind requests that wait for these: they have the
+ * workers of the commits, for which only as many can come as may write at a time.
  */
 static void qcow_segment_result(struct qcow_segment *seg, int err)
 {
 	if (seg->mapping && qcow_status(err) == BLK_STS_NOSPC) {
 		INIT_WORK(&seg->retry, qcow_segment_make_room);
-		queue_work(seg->req->dev->wq, &seg->retry);
+		queue_work(qcow_request_image(seg->req)->wq, &seg->retry);
 	} else {
 		qcow_segment_end(seg, err);
 	}
@@ -786,6 +787,19 @@ static void qcow_map_queues(struct blk_mq_tag_set *set)
 	}
 }
 
+/*
+ * A device that the image's file lies on may complete our I/O, and with it a request
+ * of ours, under its lock for flushes; and that may be a device of this driver too.
+ */
+static int qcow_init_hctx(struct blk_mq_hw_ctx *hctx, void *data,
+			  unsigned int index)
+{
+	struct qcow_device *dev = data;
+
+	blk_mq_hctx_set_fq_lock_class(hctx, &dev->flush_key);
+	return 0;
+}
+
 static int QCOW_INIT_REQUEST(qcow_init_request)
 {
 	struct qcow_request *req = blk_mq_rq_to_pdu(rq);
@@ -798,6 +812,7 @@ static int QCOW_INIT_REQUEST(qcow_init_request)
 const struct blk_mq_ops qcow_mq_ops = {
 	.queue_rq	= qcow_queue_rq,
 	.complete	= qcow_complete_rq,
+	.init_hctx	= qcow_init_hctx,
 	.init_request	= qcow_init_request,
 	.map_queues	= qcow_map_queues,
 };
