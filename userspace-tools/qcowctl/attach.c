@@ -138,18 +138,26 @@ static int make_overlay(const char *image, const char **path)
 	autofree char *backing = xasprintf("%s%s%s", cwd ?: "", cwd ? "/" : "", image);
 	char *argv[] = {
 		"qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2",
-		"-b", backing, NULL, NULL
+		"-b", backing, "-u", NULL, NULL, NULL
 	};
-	int fd;
+	struct header header;
+	int fd, ret;
 
-	if (access(image, R_OK))
+	fd = open(image, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
 		return fail(exit_of_errno(errno), "%s: %m; check the image's name", image);
+	ret = header_read(fd, image, true, &header);
+	close(fd);
+	if (ret)
+		return ret;
 	fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
 	if (fd < 0)
 		return fail(EXIT_SYSTEM, "%s: cannot make a file without a name: %m; set TMPDIR to another directory",
 			    dir);
-	argv[ARRAY_SIZE(argv) - 2] = xasprintf("/proc/%d/fd/%d", getpid(), fd);
-	*path = argv[ARRAY_SIZE(argv) - 2];
+	argv[ARRAY_SIZE(argv) - 3] = xasprintf("/proc/%d/fd/%d", getpid(), fd);
+	*path = argv[ARRAY_SIZE(argv) - 3];
+	/* The size is given, so that qemu-img need not open the image (-u). */
+	argv[ARRAY_SIZE(argv) - 2] = xasprintf("%ju", (uintmax_t)(header.size + 511) / 512 * 512);
 	if (run_program(argv, false))
 		return fail(EXIT_REFUSED, "%s: qemu-img cannot make an overlay of it; see above, or install qemu-utils",
 			    image);

@@ -13,7 +13,7 @@
 #include "qcowctl.h"
 
 /*
- * QEMU's image locks (block/file-posix.c of QEMU): byte 100 + P of the file says
+ * QEMU's image locks: byte 100 + P of the file says
  * "I use permission P", byte 200 + P says "nobody else may use P". Both are
  * shared OFD locks on one byte, so taking one never fails between QEMU's own;
  * a conflict is somebody else's lock on the opposite byte. Taking first and

@@ -12,7 +12,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <json-c/json.h>
+
 #include "qcowctl.h"
+
+#define AUTOCLEAR_BITMAPS	0x1
+#define AUTOCLEAR_KNOWN		0x3
 
 /* What the exit codes of qemu-img check mean */
 enum { CHECK_CLEAN = 0, CHECK_ERRORS = 2, CHECK_LEAKS = 3 };
@@ -22,24 +27,35 @@ enum { CHECK_CLEAN = 0, CHECK_ERRORS = 2, CHECK_LEAKS = 3 };
 #define EXIT_NOT_FOUND	127
 #define CANNOT_OPEN	126
 
-/* How QEMU is to open a file, as NODE.OPTION=VALUE,..., without locking it. */
-static char *file_options(const char *node, const char *path)
+/* How QEMU is to open a file, without locking it. */
+static struct json_object *file_options(const char *path)
 {
-	autofree char *quoted = xreallocarray(NULL, 2 * strlen(path) + 1, 1);
-	const char *from = path;
-	char *to = quoted;
+	struct json_object *options = json_object_new_object();
 	struct stat st;
-	bool block;
+	bool block = !stat(path, &st) && S_ISBLK(st.st_mode);
 
-	block = !stat(path, &st) && S_ISBLK(st.st_mode);
-	/* A comma ends a value, but for one that is doubled. */
-	do {
-		if (*from == ',')
-			*to++ = ',';
-		*to++ = *from;
-	} while (*from++);
-	return xasprintf("%s.driver=%s,%s.locking=off,%s.filename=%s", node,
-			 block ? "host_device" : "file", node, node, quoted);
+	json_object_object_add(options, "driver",
+			       json_object_new_string(block ? "host_device" : "file"));
+	json_object_object_add(options, "filename", json_object_new_string(path));
+	json_object_object_add(options, "locking", json_object_new_string("off"));
+	return options;
+}
+
+/* The image @image, as QEMU is to open it: alone, without probing what is below. */
+static char *image_name(const char *image, const char *data)
+{
+	struct json_object *options = json_object_new_object();
+	char *name;
+
+	json_object_object_add(options, "driver", json_object_new_string("qcow2"));
+	json_object_object_add(options, "file", file_options(image));
+	if (data)
+		json_object_object_add(options, "data-file", file_options(data));
+	json_object_object_add(options, "backing", NULL);
+	name = xasprintf("json:%s", json_object_to_json_string_ext(options,
+								   JSON_C_TO_STRING_PLAIN));
+	json_object_put(options);
+	return name;
 }
 
 int run_program(char **argv, bool quiet)
@@ -69,28 +85,31 @@ int run_program(char **argv, bool quiet)
  * @seconds at most, if not NULL. Returns what it exits with, or CANNOT_OPEN.
  */
 static int run_check(const char *image, const char *data, const char *seconds,
-		     bool repair, bool snapshots, bool quiet)
+		     bool repair, bool open_first, bool quiet)
 {
-	autofree char *file = file_options("file", image);
-	autofree char *data_file = data ? file_options("data-file", data) : NULL;
-	autofree char *options = xasprintf("driver=qcow2,%s%s%s", file, data ? "," : "",
-					   data_file ?: "");
+	autofree char *name = image_name(image, data);
 	char *argv[] = {
 		"timeout", "--foreground", (char *)seconds,
-		"qemu-img", "check", "--image-opts", options,
-		repair ? "-r" : NULL, "all", NULL
+		"qemu-img", "check", name, repair ? "-r" : NULL, "all", NULL
 	};
-	char *opening[] = { "qemu-io", "--image-opts", "-c", "quit", options, NULL };
+	char *opening[] = { "qemu-io", "-c", "quit", name, NULL };
+	int status = open_first ? run_program(opening, quiet) : 0;
 
-	/*
-	 * Where bitmaps or autoclear bits are not up to date, -r writes the header
-	 * before it has read the snapshot table, and frees all snapshots as leaks
-	 * (QEMU 7.2). Opened in the usual way, the image loses what is out of date,
-	 * and keeps the snapshots.
-	 */
-	if (repair && snapshots && run_program(opening, quiet))
-		return CANNOT_OPEN;
+	if (status)
+		return status == EXIT_NOT_FOUND ? status : CANNOT_OPEN;
 	return run_program(seconds ? argv : argv + 3, quiet);
+}
+
+/*
+ * Where bitmaps or autoclear bits are not up to date, -r writes the header before it
+ * has read the snapshot table, and frees all snapshots as leaks (QEMU 7.2). Opened
+ * in the usual way, the image loses what is out of date, and keeps the snapshots.
+ */
+static bool loses_snapshots(const struct header *header)
+{
+	return header->snapshots &&
+	       (header->autoclear & ~(uint64_t)AUTOCLEAR_KNOWN ||
+		(header->bitmaps && !(header->autoclear & AUTOCLEAR_BITMAPS)));
 }
 
 static int run_check_chain(const struct chain *chain, bool repair, bool quiet)
@@ -100,7 +119,7 @@ static int run_check_chain(const struct chain *chain, bool repair, bool quiet)
 
 	return header_read(chain->layers[0].fd, chain->files[0].path, true, &header) ?:
 	       run_check(chain->files[0].path, data ? chain->files[1].path : NULL, NULL,
-			 repair, header.snapshots, quiet);
+			 repair, repair && loses_snapshots(&header), quiet);
 }
 
 int repair_dirty(const struct chain *chain, bool refuse)
@@ -117,7 +136,7 @@ int repair_dirty(const struct chain *chain, bool refuse)
 	if (ret || (header.incompatible & marks) != INCOMPAT_DIRTY)
 		return ret;
 	if (refuse)
-		return fail(EXIT_REFUSED, "%s: is marked dirty, it was not closed cleanly; leave out --no-repair, run qemu-img check -f qcow2 -r all %s, or use --read-only",
+		return fail(EXIT_REFUSED, "%s: is marked dirty, it was not closed cleanly; leave out --no-repair, run qcowctl check --repair %s, or use --read-only",
 			    path, word);
 	fail(EXIT_OK, "warning: %s: is marked dirty, it was not closed cleanly; repairing it with qemu-img check -r all",
 	     path);
@@ -127,7 +146,7 @@ int repair_dirty(const struct chain *chain, bool refuse)
 			    path, word);
 	if (ret != CHECK_CLEAN || header_read(fd, path, true, &header) ||
 	    header.incompatible & marks)
-		return fail(EXIT_REFUSED, "%s: cannot be repaired; see what qemu-img check -f qcow2 -r all %s says, or use --read-only",
+		return fail(EXIT_REFUSED, "%s: cannot be repaired; see what qcowctl check %s says, or use --read-only",
 			    path, word);
 	return fail(EXIT_OK, "warning: %s: repaired", path);
 }

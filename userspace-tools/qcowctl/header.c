@@ -2,7 +2,7 @@
 /*
  * A careful reader of what qcowctl needs from a qcow2 header: which other files
  * belong to the image, and how it is marked. Nothing in the file is believed before
- * it was checked. Names follow docs/interop/qcow2 of QEMU.
+ * it was checked. Names follow the specification of the format.
  */
 #include <endian.h>
 #include <stdio.h>
@@ -17,6 +17,7 @@
 #define EXT_END			0
 #define EXT_BACKING_FORMAT	0xe2792aca
 #define EXT_DATA_FILE		0x44415441
+#define EXT_BITMAPS		0x23852875
 
 #define V2_HEADER_LENGTH	72
 #define V3_HEADER_LENGTH	104
@@ -62,8 +63,8 @@ static int damaged(const char *path, const char *what, uint64_t value)
 }
 
 /*
- * Find what names files among the extensions of @cluster, which lie in
- * [@offset, @end).
+ * Find what names files, and whether there are bitmaps, among the extensions of
+ * @cluster, which lie in [@offset, @end).
  */
 static int read_extensions(const unsigned char *cluster, uint64_t offset,
 			   uint64_t end, const char *path,
@@ -91,6 +92,7 @@ static int read_extensions(const unsigned char *cluster, uint64_t offset,
 			snprintf(header->data_name, sizeof(header->data_name),
 				 "%.*s", (int)length, cluster + offset);
 		}
+		header->bitmaps |= type == EXT_BITMAPS;
 		offset += ((uint64_t)length + 7) & ~7ULL;
 	}
 	return EXIT_OK;
@@ -104,12 +106,14 @@ static int parse(const unsigned char *cluster, uint64_t size, const char *path,
 	uint64_t name_offset = get64(cluster + 8);
 	uint32_t name_size = get32(cluster + 16);
 
+	header->size = get64(cluster + 24);
 	header->snapshots = get32(cluster + 60);
 	if (get32(cluster + 4) >= 3) {
 		length = get32(cluster + 100);
 		if (length < V3_HEADER_LENGTH || length > size)
 			return damaged(path, "header_length is", length);
 		header->incompatible = get64(cluster + 72);
+		header->autoclear = get64(cluster + 88);
 	}
 	if (name_offset) {
 		if (name_offset < length || name_offset > size)
@@ -120,7 +124,7 @@ static int parse(const unsigned char *cluster, uint64_t size, const char *path,
 		end = name_offset;
 	}
 	/* Else there is nothing in them to look for. */
-	if (name_offset || header->incompatible & INCOMPAT_DATA_FILE)
+	if (name_offset || header->incompatible & INCOMPAT_DATA_FILE || header->snapshots)
 		return read_extensions(cluster, length, end, path, header);
 	return EXIT_OK;
 }

@@ -83,8 +83,11 @@ int run_program(char **argv, bool quiet);
 
 /* header.c: what a header says of other files, and "" where it says nothing */
 struct header {
+	uint64_t size;			/* of the disk, bytes */
 	uint64_t incompatible;		/* features; version 2 has none */
+	uint64_t autoclear;
 	uint32_t snapshots;		/* how many */
+	bool bitmaps;			/* looked for where there are snapshots */
 	char backing_name[1024];
 	char backing_format[16];
 	char data_name[4096];
