@@ -3,7 +3,7 @@
 # An image right on a partition, a mapped device or an NBD export: a file system in it, the device's end, who else may have it.
 # kernels: 6.1 debug
 # quick: 6.1
-# timeout: 300
+# timeout: 600
 
 # shellcheck source=tests/functional/cells.sh
 . "$(dirname "$0")/cells.sh"

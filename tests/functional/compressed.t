@@ -3,6 +3,7 @@
 # Clusters that QEMU compressed read right, and are replaced by what is written over them.
 # kernels: 6.1 debug
 # quick: 6.1
+# cpus: 2
 # timeout: 1500
 # memory: 2048
 

@@ -3,6 +3,7 @@
 # Random requests to an attached image read back like a plain file, in every kind of image, and the image is what QEMU makes of it.
 # kernels: 6.1 debug
 # quick: 6.1
+# cpus: 2
 # timeout: 1500
 # memory: 2048
 

@@ -56,7 +56,7 @@ for options in lazy_refcounts=on lazy_refcounts=on,cluster_size=512 \
 	dev=$DEV
 	not_ok "$options: it is not written before it is repaired" \
 		try_attach --no-repair "$PWD/crash.qcow2"
-	like "$options: and that is said" "$(<"$WORK/.err")" 'qemu-img check'
+	like "$options: and that is said" "$(<"$WORK/.err")" 'qcowctl check --repair'
 	DEV=$dev
 	ok "$options: QEMU repairs it" qemu-img check -q -f qcow2 -r all crash.qcow2
 	is "$options: then it is clean" "$(bit crash.qcow2)" false
@@ -138,7 +138,7 @@ hold -r locked.qcow2
 not_ok "not while somebody reads it" try_attach "$PWD/locked.qcow2"
 release
 is "which leaves it alone" "$(cksum <locked.qcow2)" "$before"
-refused "--no-repair" 3 'marked dirty.*qemu-img check -f qcow2 -r all .*locked.qcow2' \
+refused "--no-repair" 3 'marked dirty.*qcowctl check --repair .*locked.qcow2' \
 	attach --no-repair locked.qcow2
 said=$(env PATH=/nonexistent "$(command -v "$QCOWCTL")" attach locked.qcow2 2>&1)
 is "without qemu-img: exit code" $? 3

@@ -3,6 +3,7 @@
 # File systems, partitions, swap and fstrim work on the device as on any disk.
 # kernels: 6.1 debug
 # quick: 6.1
+# cpus: 2
 # timeout: 900
 # memory: 2048
 

@@ -3,6 +3,7 @@
 # A device that is written is checked with writing frozen: writes wait and reads go on, and it ends whatever happens to the check.
 # kernels: 6.1 debug
 # quick: 6.1
+# cpus: 2
 # timeout: 600
 
 # shellcheck source=tests/functional/cells.sh

@@ -3,6 +3,7 @@
 # Devices come and go against I/O, udev, killed tools and each other, and nothing stays behind.
 # kernels: 6.1 debug
 # quick: 6.1
+# cpus: 2
 # timeout: 900
 
 # shellcheck source=tests/functional/cells.sh

@@ -3,7 +3,7 @@
 # A write that would hit metadata is stopped before it does, the corrupt bit is set, and reads go on.
 # kernels: 6.1 debug
 # quick: 6.1
-# timeout: 300
+# timeout: 600
 
 # shellcheck source=tests/functional/cells.sh
 . "$(dirname "$0")/cells.sh"
@@ -27,10 +27,18 @@ uevents() {
 	sleep 1
 }
 
+# tables IMAGE: a sum of all but the feature bits, which an attach may change
+tables() {
+	{
+		head -c 72 "$1"
+		head -c $((0x50000)) "$1" | tail -c +97
+	} | sha256sum
+}
+
 # stopped DESC SAYS COMMAND OFFSET HEX [OFFSET HEX]...: the xfs_io command on a
 # device with such damage changes no table, and SAYS is what is told of it.
 stopped() {
-	local desc=$1 says=$2 command=$3 before after number
+	local desc=$1 says=$2 command=$3 before number
 
 	shift 3
 	cp good.qcow2 bad.qcow2
@@ -38,7 +46,7 @@ stopped() {
 		put_bytes bad.qcow2 "$1" "$2"
 		shift 2
 	done
-	before=$(tail -c +9 bad.qcow2 | head -c $((0x50000 - 8)) | sha256sum)
+	before=$(tables bad.qcow2)
 	if ! try_attach "$PWD/bad.qcow2"; then
 		fail "$desc"
 		diag "$(<"$WORK/.err")"
@@ -57,10 +65,7 @@ stopped() {
 		xfs_io -d -c 'pwrite -q 64k 4k' -c fsync "$DEV"
 	like "$desc: the list says it" "$(qcowctl list)" corrupt
 	try_detach || :
-	# All but the incompatible features, where the corrupt bit is.
-	put_bytes bad.qcow2 72 0000000000000000
-	after=$(tail -c +9 bad.qcow2 | head -c $((0x50000 - 8)) | sha256sum)
-	is "$desc: no table has changed" "$after" "$before"
+	is "$desc: no table has changed" "$(tables bad.qcow2)" "$before"
 }
 
 make_good
@@ -78,6 +83,45 @@ stopped "new cluster at a refcount block" 'refcount block at' 'pwrite -q 8M 64k'
 stopped "new cluster at the L1 table" 'L1 table at' 'pwrite -q 8M 64k' $((counts + 6)) 0000
 stopped "new cluster at an L2 table" 'L2 table at' 'pwrite -q 8M 64k' $((counts + 8)) 0000
 stopped "L2 table at the refcount table" 'L2 table at .* lies on top of refcount table' 'pwrite -q 600M 64k' $((0x30008)) 8000000000010000
+
+stopped "L2 table to be copied at the refcount table" 'L2 table at .* lies on top of refcount table' \
+	'pwrite -q 600M 64k' $((0x30008)) 0000000000010000
+stopped "L2 table to be copied at the L1 table" 'L2 table at .* lies on top of L1 table' \
+	'pwrite -q 600M 64k' $((0x30008)) 0000000000030000
+
+# What only some images have
+word() {
+	echo $((0x$(od -An -v -tx1 -j "$2" -N 8 "$1" | tr -d ' \n')))
+}
+entry_to() {
+	printf '%016x' $((1 << 63 | $1))
+}
+make_good
+qemu-img bitmap --add good.qcow2 map
+qemu-img snapshot -c one good.qcow2
+# Not shared any more
+qemu-io -f qcow2 -c 'write -q -P 0x41 0 64k' good.qcow2
+extension=$(grep -obaUP '\x23\x85\x28\x75' good.qcow2 | head -n 1 | cut -d : -f 1)
+snapshots=$(word good.qcow2 64)
+l2=$(($(word good.qcow2 $((0x30000))) & 0xfffffffffffe00))
+stopped "data at the snapshot table" 'snapshot table at' "$w" $l2 "$(entry_to "$snapshots")"
+stopped "data at a snapshot's L1 table" "snapshot's L1 table at" "$w" \
+	$l2 "$(entry_to "$(word good.qcow2 "$snapshots")")"
+stopped "data at the bitmap directory" 'bitmap directory at' "$w" \
+	$l2 "$(entry_to "$(word good.qcow2 $((extension + 24)))")"
+make_good
+l2=$((0x40000))
+
+# A table to which two entries lead, of which one lets it be copied, is not freed.
+cp good.qcow2 bad.qcow2
+put_bytes bad.qcow2 $((0x30008)) 0000000000040000
+attach "$PWD/bad.qcow2"
+xfs_io -d -c 'pwrite -q 600M 64k' -c fsync "$DEV"
+sleep 1
+like "a table of two: sysfs says it" \
+	"$(<"/sys/block/${DEV#/dev/}/qcow/damage")" 'L2 table at'
+try_detach || :
+is "a table of two: it is counted" "$(od -An -tx1 -j $((counts + 8)) -N 2 bad.qcow2)" " 00 01"
 
 # What is freed is not emptied.
 cp good.qcow2 bad.qcow2
@@ -102,10 +146,11 @@ xfs_io -d -c 'pwrite -q 0 4k' "$DEV" >/dev/null 2>&1
 sleep 1
 kill "$monitor"
 like "a uevent says it" "$(<"$WORK/uevents")" QCOW_CORRUPT=1
+like "and what it was" "$(<"$WORK/uevents")" 'QCOW_DAMAGE=.*would have hit the'
 detach
 like "QEMU sees the corrupt bit" "$(qemu-img info bad.qcow2)" 'corrupt: true'
 not_ok "it is not attached for writing again" try_attach "$PWD/bad.qcow2"
-like "it says what to do" "$(<"$WORK/.err")" 'qemu-img check -r all'
+like "it says what to do" "$(<"$WORK/.err")" 'qcowctl check --repair'
 ok "it is attached for reading" try_attach --read-only "$PWD/bad.qcow2"
 detach
 

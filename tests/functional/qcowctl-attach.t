@@ -188,6 +188,40 @@ refused "detach a layer of another device" 4 "qcow7: held by /dev/qcow6" detach 
 detach /dev/qcow6
 backing over.qcow2 /dev/qcow9 raw
 
+# A file system on others says that it can do direct I/O, and then cannot.
+mkdir mem merged
+mount -t tmpfs none mem
+mkdir mem/{low,up,work}
+cp ok.qcow2 mem/low/
+mount -t overlay -o lowerdir=mem/low,upperdir=mem/up,workdir=mem/work none merged
+attach merged/ok.qcow2
+is "on overlayfs: the I/O that works is used" "$(info .io)" buffered
+ok "on overlayfs: it can be written" xfs_io -d -c 'pwrite -q -S 7 0 64k' "$DEV"
+detach
+check_clean merged/ok.qcow2
+umount merged mem
+
+# Completion in bash, which takes --option=VALUE for three words
+completes() {
+	local want=$1
+	shift
+
+	is "completion: $*" "$(
+		compopt() { :; }
+		PATH=$(dirname "$(type -P "$QCOWCTL")"):$PATH
+		# shellcheck source=userspace-tools/completions/qcowctl
+		. "$TEST_TREE/userspace-tools/completions/qcowctl"
+		COMP_WORDS=(qcowctl "$@") COMP_CWORD=$#
+		_qcowctl
+		echo "${COMPREPLY[*]}"
+	)" "$want"
+}
+completes attach at
+completes --discard attach --disc
+completes unmap attach --discard un
+completes "zlib zstd" attach --compress = z
+completes "auto direct buffered" attach --io =
+
 # Rights
 like "list as somebody else" \
 	"$(setpriv --reuid=65534 --clear-groups "$(type -P "$QCOWCTL")" list 2>&1; echo $?)" \

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # The driver works on this kernel: a file system on an image, and a few random cells.
 # kernels: all
+# cpus: 2
 # timeout: 900
 
 # shellcheck source=tests/functional/cells.sh
@@ -31,6 +32,9 @@ run_cell cs=64k,seed=1
 run_cell cs=4k,chain=qcow2,init=1,seed=2
 run_cell cs=64k,jobs=4,hot=1M,snap=1,seed=3
 run_cell cs=512,rc=8,io=buffered,jobs=4,size=2M,seed=4
+run_cell cs=64k,ext=1,packed=zstd,compress=zstd,seed=5
+run_cell cs=16k,packed=zlib,compress=zlib,jobs=4,seed=6
+run_cell cs=64k,data=raw,seed=7
 
 ok "the module unloads" rmmod qcow
 no_kernel_report
