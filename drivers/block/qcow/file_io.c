@@ -5,7 +5,8 @@
  * Per file, everything is direct or everything goes through the page cache: a
  * page that held data written both ways could be written back stale. A file is
  * direct if it says that it can do direct I/O at the 512 bytes that the guest
- * uses; everything else (disks with larger sectors, tmpfs before 6.6) is buffered.
+ * uses, and where it cannot tell for sure, if a read shows it; everything else (disks
+ * with larger sectors, tmpfs before 6.6) is buffered.
  *
  * Reads past the end of a file give zeroes, as the format wants (an image's
  * length need not be a multiple of anything).
