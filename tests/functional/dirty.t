@@ -95,6 +95,9 @@ qemu-img bitmap --add crash.qcow2 other 2>/dev/null
 put_bytes crash.qcow2 88 8000000000000000
 ok "a repair on demand" qcowctl check --repair crash.qcow2
 like "keeps it, too" "$(qemu-img snapshot -l crash.qcow2)" ' one '
+put_bytes crash.qcow2 79 02
+ok "one that is marked corrupt is repaired" qcowctl check --repair crash.qcow2
+like "and keeps it" "$(qemu-img snapshot -l crash.qcow2)" ' one '
 
 # Where nobody asked for it, no bit
 qemu-img create -q -f qcow2 eager.qcow2 64M
