@@ -74,6 +74,8 @@ like "which says what to do" "$(<"$WORK/.err")" 'use --data-file'
 attach --data-file=data.raw "$PWD/x.qcow2"
 is "it is, where the name is given" "$(cluster 1)" 42
 detach
+not_ok "nor is it checked" qcowctl check x.qcow2
+ok "it is, where the name is given to the check" qcowctl check --data-file=data.raw x.qcow2
 
 # What is raw has no backing file: not in the header, where QEMU puts none.
 rm -f over.qcow2

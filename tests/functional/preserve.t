@@ -100,6 +100,10 @@ for options in cluster_size=64k cluster_size=512,refcount_bits=64; do
 	detach
 	is "$options: reading changes nothing" "$(changed before.qcow2 x.qcow2)" ""
 
+	not_ok "$options: an attach that is refused" \
+		qcowctl attach --compress=zstd "$PWD/x.qcow2"
+	is "$options: changes nothing" "$(changed before.qcow2 x.qcow2)" ""
+
 	attach "$PWD/x.qcow2"
 	is "$options: before the first write, the autoclear bits are taken back" \
 		"$(word x.qcow2 $AUTOCLEAR)" 0000000000000000

@@ -60,6 +60,20 @@ for options in compat=0.10 compat=1.1,cluster_size=512 \
 	shows "$options, a name with a space" snap.qcow2 'a b'
 done
 
+for option in --read-only ''; do
+	# shellcheck disable=SC2086 # an option, or none
+	attach $option snap.qcow2
+	is "info of a device lists them (${option:-writable})" \
+		"$("$QCOWCTL" info --json "$DEV" | jq -c '.snapshots | map([.id, .name])')" \
+		'[["1","one"],["2","3"],["3","a b"]]'
+	like "with their dates (${option:-writable})" "$("$QCOWCTL" info "$DEV")" \
+		"snapshots 0:
+  id +1
+  name +one
+  date +20[0-9-]*T[0-9:]*Z"
+	detach
+done
+
 refused "no such snapshot" 5 "no snapshot with the ID or the name 'four'" \
 	--snapshot=four snap.qcow2
 refused "no name" 2 "needs the ID or the name" --snapshot= snap.qcow2

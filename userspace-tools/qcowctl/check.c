@@ -41,8 +41,7 @@ static struct json_object *file_options(const char *path)
 	return options;
 }
 
-/* The image @image, as QEMU is to open it: alone, without probing what is below. */
-static char *image_name(const char *image, const char *data)
+char *qemu_name(const char *image, const char *data)
 {
 	struct json_object *options = json_object_new_object();
 	char *name;
@@ -87,7 +86,7 @@ int run_program(char **argv, bool quiet)
 static int run_check(const char *image, const char *data, const char *seconds,
 		     bool repair, bool open_first, bool quiet)
 {
-	autofree char *name = image_name(image, data);
+	autofree char *name = qemu_name(image, data);
 	char *argv[] = {
 		"timeout", "--foreground", (char *)seconds,
 		"qemu-img", "check", name, repair ? "-r" : NULL, "all", NULL
@@ -151,12 +150,14 @@ int repair_dirty(const struct chain *chain, bool refuse)
 	return fail(EXIT_OK, "warning: %s: repaired", path);
 }
 
-enum { REPAIR, TIMEOUT, OPTIONS };
+enum { REPAIR, TIMEOUT, DATA_FILE, OPTIONS };
 
 static const struct option_help options[OPTIONS + 1] = {
 	[REPAIR] = { 'r', "repair", NULL, "mend what is wrong; not of a DEVICE" },
 	[TIMEOUT] = { 't', "timeout", "SECONDS",
 		"most time for which a DEVICE's writers wait (default: 60)" },
+	[DATA_FILE] = { DATA_FILE, "data-file", "FILE",
+		"where an IMAGE's external data file is" },
 };
 
 /* What @status of qemu-img check means for the image @path. */
@@ -243,13 +244,19 @@ static int check(const char * const *values, char **operands)
 {
 	bool repair = values[REPAIR];
 	/* Backing files are not looked at, and what they are does not matter. */
-	struct chain chain = { .read_only = !repair, .backing_format = QCOW_FORMAT_RAW };
+	struct chain chain = {
+		.read_only = !repair,
+		.data_file = values[DATA_FILE],
+		.backing_format = QCOW_FORMAT_RAW,
+	};
 	const char *path = operands[0], *seconds = values[TIMEOUT] ?: "60";
 	int index = device_number(path), number, ret;
 
 	if (!parse_number(seconds, &number) || !number || number > QCOW_FREEZE_TIMEOUT_MAX)
 		return fail(EXIT_USAGE, "check: --timeout cannot be '%s'; give seconds, from 1 to %d",
 			    seconds, QCOW_FREEZE_TIMEOUT_MAX);
+	if (index >= 0 && chain.data_file)
+		return fail(EXIT_USAGE, "check: --data-file goes with an image only; leave it out");
 	if (index >= 0 && !repair)
 		return check_device(index, seconds);
 	if (index >= 0) {

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <strings.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <json-c/json.h>
@@ -310,6 +311,39 @@ static void print_lines(struct json_object *object, const char *indent)
 	}
 }
 
+/* The image's internal snapshots, as qemu-img tells of them; none if it cannot. */
+static void add_snapshots(struct json_object *device)
+{
+	const char *image = json_object_get_string(json_object_object_get(device, "image"));
+	autofree char *name = qemu_name(image, NULL);
+	autofree char *word = shell_quote(name);
+	autofree char *command = xasprintf("exec qemu-img info -U --output=json %s 2>/dev/null",
+					   word);
+	struct json_object *told, *of, *from, *to, *snapshots = json_object_new_array();
+	FILE *pipe = popen(command, "r");
+	char date[] = "YYYY-MM-DDThh:mm:ssZ";
+	time_t seconds;
+	size_t i;
+
+	told = pipe ? json_object_from_fd(fileno(pipe)) : NULL;
+	of = json_object_object_get(told, "snapshots");
+	for (i = 0; of && i < json_object_array_length(of); i++) {
+		from = json_object_array_get_idx(of, i);
+		to = json_object_new_object();
+		add_text(to, "id", json_object_get_string(json_object_object_get(from, "id")));
+		add_text(to, "name",
+			 json_object_get_string(json_object_object_get(from, "name")));
+		seconds = json_object_get_int64(json_object_object_get(from, "date-sec"));
+		strftime(date, sizeof(date), "%FT%TZ", gmtime(&seconds));
+		add_text(to, "date", date);
+		json_object_array_add(snapshots, to);
+	}
+	json_object_object_add(device, "snapshots", snapshots);
+	json_object_put(told);
+	if (pipe)
+		pclose(pipe);
+}
+
 static int info(const char * const *values, char **operands)
 {
 	int index = device_number(operands[0]);
@@ -323,6 +357,7 @@ static int info(const char * const *values, char **operands)
 	if (!device)
 		return errno == ENODEV ? not_attached(xasprintf("/dev/qcow%d", index)) :
 					 control_error();
+	add_snapshots(device);
 	if (values[INFO_JSON])
 		puts(json_object_to_json_string_ext(device, JSON_C_TO_STRING_PRETTY |
 						    JSON_C_TO_STRING_SPACED |

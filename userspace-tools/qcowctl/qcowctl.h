@@ -78,6 +78,12 @@ int chain_open(struct chain *chain, const char *image);
  */
 int repair_dirty(const struct chain *chain, bool refuse);
 
+/*
+ * The image @image, with its data file or NULL, by a name with which QEMU opens it
+ * alone, without locks, and without probing what is below.
+ */
+char *qemu_name(const char *image, const char *data);
+
 /* Run a program, without its output if @quiet; what it exits with, or 127. */
 int run_program(char **argv, bool quiet);
 

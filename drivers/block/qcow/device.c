@@ -651,7 +651,8 @@ int qcow_device_attach(const struct qcow_attach *args,
 	if (err)
 		goto err_files;
 	err = qcow_pack_init(dev->chain->layers[0], args->compress, msg) ?:
-	      qcow_requests_init(dev);
+	      qcow_requests_init(dev) ?:
+	      qcow_image_clear_autoclear(dev->chain->layers[0]);
 	if (err)
 		goto err_requests;
 	err = qcow_device_alloc_disk(dev);

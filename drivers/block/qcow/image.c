@@ -273,8 +273,6 @@ static int qcow_open_writable(struct qcow_image *image,
 			      struct qcow_message *msg)
 {
 	const struct qcow_header *header = &image->header;
-	u64 maintained = image->data_raw ? QCOW_AUTOCLEAR_RAW_DATA_FILE : 0;
-	__be64 autoclear = cpu_to_be64(header->autoclear & maintained);
 	int err;
 
 	if (!qcow_image_has(image, header->l1_table_offset,
@@ -312,18 +310,7 @@ static int qcow_open_writable(struct qcow_image *image,
 	if (err)
 		return err;
 	image->epoch_ready = true;
-
-	err = qcow_overlap_init(image, msg);
-	if (err)
-		return err;
-
-	/* What the bits stand for that the driver does not maintain is no longer so. */
-	if (header->autoclear & ~maintained)
-		err = qcow_image_update_header(image,
-					       offsetof(struct qcow_disk_header,
-							autoclear_features),
-					       &autoclear, sizeof(autoclear));
-	return err;
+	return qcow_overlap_init(image, msg);
 }
 
 static void qcow_image_free(struct qcow_image *image)
@@ -525,6 +512,29 @@ out_free:
 out_unlock:
 	mutex_unlock(&qcow_images_mutex);
 	return err;
+}
+
+/**
+ * qcow_image_clear_autoclear - say that the image is about to be written
+ * @image: just opened
+ *
+ * What those autoclear bits stand for that the driver does not maintain is not so
+ * any more after the first write: they are cleared, durably. This is apart from
+ * the opening so that an attach that is refused leaves the image as it was.
+ *
+ * Return: 0, or the errno of the write.
+ */
+int qcow_image_clear_autoclear(struct qcow_image *image)
+{
+	u64 maintained = image->data_raw ? QCOW_AUTOCLEAR_RAW_DATA_FILE : 0;
+	__be64 autoclear = cpu_to_be64(image->header.autoclear & maintained);
+
+	if (!image->writable || !(image->header.autoclear & ~maintained))
+		return 0;
+	return qcow_image_update_header(image,
+					offsetof(struct qcow_disk_header,
+						 autoclear_features),
+					&autoclear, sizeof(autoclear));
 }
 
 /* All counts are durable. In a damaged image they may be wrong. */

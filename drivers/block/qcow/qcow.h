@@ -578,6 +578,7 @@ struct qcow_image_source {
 int qcow_image_open(const struct qcow_image_source *source,
 		    struct qcow_cache *cache, struct qcow_image **imagep,
 		    struct qcow_message *msg);
+int qcow_image_clear_autoclear(struct qcow_image *image);
 int qcow_image_settle(struct qcow_image *image);
 int qcow_image_close(struct qcow_image *image);
 __printf(2, 3)
