@@ -207,6 +207,7 @@ else
 fi
 truncate -s 64M fs.raw
 mkfs.ext4 -q fs.raw
+modprobe loop 2>/dev/null
 if loop=$(losetup --find --show fs.raw 2>/dev/null) && mount "$loop" ro; then
 	refused "a block device that is mounted" 4 \
 		"$loop: the block device is in use" attach "$loop"
@@ -234,6 +235,8 @@ refused "a backing file that QEMU writes" 4 \
 release
 
 # Without the driver: 6
+loaded=
+[[ ! -e /dev/qcow-control || ! ${QCOW_KO-} ]] || { rmmod qcow && loaded=1; }
 if [[ -e /dev/qcow-control ]]; then
 	skip "without the driver" "the driver is loaded"
 else
@@ -243,6 +246,7 @@ else
 			$command
 	done
 fi
+[[ ! $loaded ]] || insmod "$QCOW_KO"
 
 # No errors: 0
 for command in "" attach detach list info check version; do
