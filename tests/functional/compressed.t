@@ -133,8 +133,42 @@ damaged() {
 damaged zlib
 damaged zstd
 
-# A file that ends within the last stream gives zeroes, which is damage here; and
-# in an image that is written, so is an entry that points behind the end.
+# Data may end before the sectors that its entry names, and the file, too. Where it
+# does not, what the file lacks is zero, which is damage to that data alone.
+# past_end TYPE: the last data of the image goes on behind the end of the file
+past_end() {
+	local n entry at=0 last
+
+	pack x.qcow2 "cluster_size=64k,compression_type=$1" || return
+	for ((n = 0; n < SIZE >> 16; n++)); do
+		entry=$(word x.qcow2 "$(l2_entry x.qcow2 $n)")
+		if ((entry >> 62 == 1 && (entry & ((1 << 54) - 1)) > at)); then
+			at=$((entry & ((1 << 54) - 1))) last=$n
+		fi
+	done
+	entry=$(word x.qcow2 "$(l2_entry x.qcow2 "$last")")
+	put_bytes x.qcow2 "$(l2_entry x.qcow2 "$last")" \
+		"$(printf %016x $((entry | 255 << 54)))"
+	attach "$PWD/x.qcow2" || return
+	ok "$1: data whose last sectors are behind the end is read" these_read "$last" 1
+	detach
+	is "$1: and is no damage" "$(($(word x.qcow2 72) & 2))" 0
+	put_bytes x.qcow2 "$(l2_entry x.qcow2 "$last")" "$(printf %016x "$entry")"
+	truncate -s $((at + 700)) x.qcow2
+	attach "$PWD/x.qcow2" || return
+	not_ok "$1: data that the file cuts off cannot be read" \
+		dd if="$DEV" of=/dev/null bs=64k skip="$last" count=1 iflag=direct
+	ok "$1: what lies before it can" these_read 0 "$last"
+	ok "$1: others can be written" xfs_io -d -c 'pwrite -q -S 1 0 64k' -c fsync "$DEV"
+	ok "$1: it can be replaced as a whole" \
+		xfs_io -d -c "pwrite -q -b 64k -S 2 $((last << 16)) 64k" -c fsync "$DEV"
+	detach
+	check_clean x.qcow2 "$1, data that was cut off"
+}
+past_end zlib
+past_end zstd
+
+# Where none of it is in the file, the entry is wrong.
 pack x.qcow2 cluster_size=64k
 put_bytes x.qcow2 "$(l2_entry x.qcow2 5)" 4000000010000000
 attach --read-only "$PWD/x.qcow2"

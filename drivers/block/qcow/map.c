@@ -201,17 +201,19 @@ static int qcow_l2_classify_packed(struct qcow_image *image, u64 descriptor,
 				   struct qcow_l2_state *state)
 {
 	u32 cluster_size = qcow_cluster_size(image);
-	u64 host_offset, start;
+	u64 host_offset;
 	u32 length;
 
 	qcow_packed_range(image, descriptor, &host_offset, &length);
-	start = round_down(host_offset, QCOW_SECTOR);
-	/* There is nothing compressed in the header, which must not be freed. */
+	/*
+	 * There is nothing compressed in the header, which must not be freed. Data
+	 * that goes on behind the end of the file is zero there, and what becomes of
+	 * that is seen when it is decompressed: it may well have ended before.
+	 */
 	if (qcow_is_external(image) || descriptor & QCOW_OFLAG_COPIED ||
 	    host_offset < cluster_size ||
 	    host_offset >= QCOW_MAX_HOST_OFFSET ||
-	    (image->writable &&
-	     !qcow_image_has(image, start, host_offset + length - start))) {
+	    (image->writable && !qcow_image_has(image, host_offset, 1))) {
 		qcow_image_corrupt(image, "L2 entry for guest offset 0x%llx is 0x%llx, which is not valid for a compressed cluster",
 				   guest_offset, descriptor);
 		return -EIO;
