@@ -281,12 +281,15 @@ static int qcow_unpack_fill(struct qcow_image *image,
 			    struct qcow_coder *unpacker,
 			    struct qcow_unpacked *unpacked)
 {
+	u64 size = qcow_file_size(&image->file);
 	u64 host_offset, start;
 	struct iov_iter iter;
 	u32 length, skip;
 	int err;
 
 	qcow_packed_range(image, unpacked->descriptor, &host_offset, &length);
+	/* There are streams that would go on in zeroes, with other data than theirs. */
+	length = min_t(u64, length, size > host_offset ? size - host_offset : 0);
 	start = round_down(host_offset, QCOW_SECTOR);
 	skip = host_offset - start;
 	iov_iter_bvec(&iter, ITER_DEST, unpacker->vecs, unpacker->nr_vecs,
