@@ -133,8 +133,9 @@ damaged() {
 damaged zlib
 damaged zstd
 
-# Data may end before the sectors that its entry names, and the file, too. Where it
-# does not, what the file lacks is zero, which is damage to that data alone.
+# Data may end before the sectors that its entry names do, and so may the file. If the
+# file ends first, that is damage to this data alone; zlib would make something of
+# zeroes in its place.
 # past_end TYPE: the last data of the image goes on behind the end of the file
 past_end() {
 	local n entry at=0 last
