@@ -179,5 +179,37 @@ else
 	skip "nbd" "no nbd"
 fi
 
+# A device that cannot discard: clusters are freed all the same, and reused.
+null=/sys/kernel/config/nullb/nullb0
+if modprobe -q null_blk nr_devices=0 &&
+	{ mountpoint -q /sys/kernel/config || mount -t configfs none /sys/kernel/config; } &&
+	mkdir $null; then
+	echo 24 >$null/size
+	echo 1 >$null/memory_backed
+	echo 1 >$null/power
+	udevadm settle
+	disk=/dev/nullb0
+	ok "no holes: a disk" test -b $disk
+	qemu-img create -q -f qcow2 $disk 96M
+	attach $disk
+	before=$(dmesg | grep -c 'cannot punch holes')
+	ok "no holes: there is room for 16 MiB" xfs_io -d -c 'pwrite -q -b 1M 0 16M' -c fsync "$DEV"
+	for at in 32 48 64 0; do
+		ok "no holes: a discard for the room of 16 MiB" blkdiscard "$DEV"
+		ok "no holes: which can be had at $at MiB" \
+			xfs_io -d -c "pwrite -q -b 1M -S $at ${at}M 16M" -c fsync "$DEV"
+	done
+	is "no holes: the kernel says so, once" \
+		"$(($(dmesg | grep -c 'cannot punch holes') - before))" 1
+	freed=$(<"/sys/block/${DEV#/dev/}/qcow/clusters_freed")
+	ok "no holes: what was discarded is free" test "$freed" -ge 1024
+	detach
+	check_clean $disk "no holes"
+	echo 0 >$null/power
+	rmdir $null
+else
+	skip "no holes" "no null_blk"
+fi
+
 no_kernel_report
 done_testing
