@@ -51,6 +51,35 @@ entry 8000000000000001
 is "a zero cluster is zero, whatever the file has" "$(cluster 0)" 00
 detach
 
+# Raw data is what the guest has, also where L2 says zero or nothing.
+for bytes in 8000000000000001 0000000000000001 0000000000000000; do
+	cp good.qcow2 x.qcow2
+	cp good.raw data.raw
+	put_bytes x.qcow2 88 0000000000000002
+	put_bytes x.qcow2 $L2 $bytes
+	attach "$PWD/x.qcow2"
+	ok "raw, entry $bytes: zeroes are written" blkdiscard -z -o 4k -l 8k "$DEV"
+	ok "raw, entry $bytes: a discard" blkdiscard -o 64k -l 64k "$DEV"
+	detach
+	is "raw, entry $bytes: the file has zeroes there" \
+		"$(head -c 12k data.raw | tail -c 8k | tr -d '\0' | wc -c)" 0
+	is "raw, entry $bytes: and what was discarded" \
+		"$(head -c 128k data.raw | tail -c 64k | tr -d '\0' | wc -c)" 0
+	check_clean x.qcow2 "raw, entry $bytes"
+done
+
+# A table that is copied keeps what says that guest cluster 0 is there.
+cp good.qcow2 x.qcow2
+cp good.raw data.raw
+put_bytes x.qcow2 $((0x30000)) 0000000000040000
+attach "$PWD/x.qcow2"
+ok "an L2 table is copied" xfs_io -d -c 'pwrite -q 512k 4k' -c fsync "$DEV"
+is "guest cluster 0 is there" "$(cluster 0)" 41
+detach
+attach "$PWD/x.qcow2"
+is "and stays" "$(cluster 0)" 41
+detach
+
 # stopped DESC HEX
 stopped() {
 	entry "$2"

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-only
 # Random requests to an attached image read back like a plain file, in every kind of image, and the image is what QEMU makes of it.
-# kernels: 6.1 debug
+# kernels: 6.1 debug 6.12 7.x
 # quick: 6.1
 # cpus: 2
 # timeout: 1500

@@ -129,12 +129,19 @@ mount -o loop small.img small
 rm -f small/*
 cp plain.qcow2 small/
 mount -o remount,ro small
-not_ok "on a read-only file system attach is refused" try_attach "$WORK/small/plain.qcow2"
-attach --read-only "$WORK/small/plain.qcow2"
-is "with --read-only the device is read-only" "$(blockdev --getro "$DEV")" 1
-ok "and reads" qcow-diff --verify-only --mirror-in plain.raw "$DEV"
-not_ok "and does not write" dd if=/dev/zero of="$DEV" bs=4k count=1 oflag=direct conv=notrunc
-detach
+for option in '' --read-only; do
+	# shellcheck disable=SC2086 # an option, or none
+	attach $option "$WORK/small/plain.qcow2"
+	if [[ ! $option ]]; then
+		like "on a read-only file system, that is said" "$(<"$WORK/.err")" \
+			'^qcowctl: warning: .*Read-only file system; attaching it read-only$'
+	fi
+	is "the device is read-only" "$(blockdev --getro "$DEV")" 1
+	ok "and reads" qcow-diff --verify-only --mirror-in plain.raw "$DEV"
+	not_ok "and does not write" \
+		dd if=/dev/zero of="$DEV" bs=4k count=1 oflag=direct conv=notrunc
+	detach
+done
 umount small
 
 for bit in 01:dirty 02:corrupt 03:dirty-and-corrupt; do

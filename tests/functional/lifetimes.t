@@ -23,7 +23,7 @@ devices() {
 is "no device to begin with" "$(devices)" ""
 
 # What attach promises at its return
-sizes=(512 1048576 3221225472 1099511627776)
+sizes=(0 512 1048576 3221225472 1099511627776)
 for size in "${sizes[@]}"; do
 	qemu-img create -q -f qcow2 s.qcow2 "$size"
 	attach "$WORK/s.qcow2"

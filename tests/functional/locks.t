@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-only
 # An attached image is locked for QEMU's programs as if QEMU had it open, until it is detached.
-# kernels: 6.1
+# kernels: 6.1 debug
+# quick: 6.1
 
 # shellcheck source=tests/functional/qcowctl.sh
 . "$(dirname "$0")/qcowctl.sh"

@@ -89,6 +89,21 @@ stopped "L2 table to be copied at the refcount table" 'L2 table at .* lies on to
 stopped "L2 table to be copied at the L1 table" 'L2 table at .* lies on top of L1 table' \
 	'pwrite -q 600M 64k' $((0x30008)) 0000000000030000
 
+# Behind the end of the file there is nothing, however long the driver makes it: what
+# it cuts off again at detach does not count.
+stopped "an L2 table behind the end, read" 'L2 table for .* behind the end of the file' \
+	'pread -q 600M 64k' $((0x30008)) 8000000000200000
+cp good.qcow2 bad.qcow2
+put_bytes bad.qcow2 $((l2 + 8 * 100)) 8000000000100000
+attach "$PWD/bad.qcow2"
+ok "a write that makes the file longer" xfs_io -d -c 'pwrite -q 8M 64k' -c fsync "$DEV"
+ok "so that it has the place" test "$(stat -c %s bad.qcow2)" -gt $((0x110000))
+not_ok "behind the end there is nothing all the same" \
+	xfs_io -d -c 'pwrite -q 6400k 4k' "$DEV"
+like "and that is damage" "$(<"/sys/block/${DEV#/dev/}/qcow/damage")" \
+	'behind the end of the file'
+try_detach || :
+
 # What only some images have
 word() {
 	echo $((0x$(od -An -v -tx1 -j "$2" -N 8 "$1" | tr -d ' \n')))

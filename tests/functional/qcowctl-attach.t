@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-only
 # qcowctl attaches what QEMU would open, shows it, and detaches it or says who is in the way.
-# kernels: 6.1
+# kernels: 6.1 debug
+# quick: 6.1
 
 # shellcheck source=tests/functional/qcowctl.sh
 . "$(dirname "$0")/qcowctl.sh"

@@ -198,9 +198,11 @@ mkdir ro
 if mount -t tmpfs ro ro 2>/dev/null; then
 	cp ok.qcow2 ro/
 	mount -o remount,ro ro
-	refused "an image on a read-only file system" 6 \
-		"cannot be opened for writing: Read-only file system; .*--read-only" \
-		attach ro/ok.qcow2
+	refused "an image on a read-only file system, with --compress" 6 \
+		"cannot be opened for writing: Read-only file system; make that" \
+		attach --compress=zlib ro/ok.qcow2
+	refused "repairing one there" 6 "cannot be opened for writing: .*make that" \
+		check --repair ro/ok.qcow2
 	umount ro
 else
 	skip "an image on a read-only file system" "mount fails"

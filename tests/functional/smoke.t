@@ -27,6 +27,33 @@ detach
 check_clean fs.qcow2
 same copy.raw raw fs.qcow2 qcow2
 
+# limits DESC WANT OPTION... IMAGE: what file systems go by
+limits() {
+	local desc=$1 want=$2 queue
+
+	shift 2
+	attach "$@" || return
+	queue=/sys/block/${DEV#/dev/}/queue
+	is "limits, $desc" "$(cd "$queue" && cat logical_block_size \
+		physical_block_size optimal_io_size discard_granularity write_cache \
+		fua rotational | paste -sd' ')" "$want"
+	if [[ $desc == *discard* ]]; then
+		is "limits, $desc: none" "$(<"$queue/discard_max_bytes")" 0
+	elif [[ $desc != *read-only* ]]; then
+		ok "limits, $desc: a discard of 1 GiB" \
+			test "$(<"$queue/discard_max_bytes")" -ge $((1 << 30))
+		ok "limits, $desc: 1 GiB of zeroes" \
+			test "$(<"$queue/write_zeroes_max_bytes")" -ge $((1 << 30))
+	fi
+	ok "limits, $desc: requests of 1 MiB" test "$(<"$queue/max_hw_sectors_kb")" -ge 1024
+	detach
+}
+qemu-img create -q -f qcow2 -o cluster_size=512 small.qcow2 1M
+limits "clusters of 64 KiB" "512 4096 65536 65536 write back 1 0" "$WORK/fs.qcow2"
+limits "clusters of 512 bytes" "512 512 512 512 write back 1 0" "$WORK/small.qcow2"
+limits "without discard" "512 4096 65536 0 write back 1 0" --discard=ignore "$WORK/fs.qcow2"
+limits "read-only" "512 4096 65536 0 write through 0 0" --read-only "$WORK/fs.qcow2"
+
 CELL_OPS=1000
 run_cell cs=64k,seed=1
 run_cell cs=4k,chain=qcow2,init=1,seed=2

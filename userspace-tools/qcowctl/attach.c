@@ -90,13 +90,13 @@ static int set_options(const char * const *values, struct qcow_attach *call,
 		return bad_value(BACKING_FORMAT, backing, "only raw and qcow2 can be attached");
 	*chain = (struct chain) {
 		.read_only = values[READ_ONLY] || snapshot,
+		.must_write = values[COMPRESS],
 		.data_file = values[DATA_FILE],
 		.backing_format = backing ? format_of_name(backing) : 0,
 	};
 	*call = (struct qcow_attach) {
 		.size = sizeof(*call),
-		.flags = (chain->read_only ? QCOW_ATTACH_READ_ONLY : 0) |
-			 (values[AUTOCLEAR] ? QCOW_ATTACH_AUTOCLEAR : 0),
+		.flags = values[AUTOCLEAR] ? QCOW_ATTACH_AUTOCLEAR : 0,
 		.index = number,
 		.cache_limit = cache_limit,
 		.snapshot = (uintptr_t)snapshot,
@@ -183,6 +183,7 @@ static int attach(const char * const *values, char **operands)
 	if (!control_open())
 		return control_error();
 	wanted = call.index;
+	call.flags |= chain.read_only ? QCOW_ATTACH_READ_ONLY : 0;
 	call.layers = (uintptr_t)chain.layers;
 	call.layer_count = chain.layer_count;
 	call.layer_size = sizeof(*chain.layers);

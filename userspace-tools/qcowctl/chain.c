@@ -117,7 +117,7 @@ static int open_failed(const struct chain *chain, const char *path, bool write,
 	if (write && errno == ETXTBSY)
 		return conflict(path, DENIES(WRITE));
 	if (write && code == EXIT_DENIED)
-		return fail(code, "%s: cannot be opened for writing: %m; to attach it all the same, use --read-only",
+		return fail(code, "%s: cannot be opened for writing: %m; make that possible, or leave out what writes",
 			    path);
 	if (chain->image)
 		return fail(code, "%s: %m; it is the %s of %s", path, what, chain->image);
@@ -142,6 +142,14 @@ static int open_file(struct chain *chain, const char *path, bool write,
 	if (write && S_ISBLK(st.st_mode))
 		flags |= O_EXCL;
 	*fd = open(path, flags);
+	if (*fd < 0 && write && !chain->must_write && !chain->image &&
+	    exit_of_errno(errno) == EXIT_DENIED) {
+		fail(EXIT_OK, "warning: %s: cannot be opened for writing: %m; attaching it read-only",
+		     path);
+		chain->read_only = true;
+		write = false;
+		*fd = open(path, O_CLOEXEC | O_RDONLY);
+	}
 	if (*fd < 0)
 		return open_failed(chain, path, write, what);
 	if (fstat(*fd, &st))
@@ -220,7 +228,7 @@ static int follow(const struct chain *chain, const struct header *header,
 int chain_open(struct chain *chain, const char *image)
 {
 	int fd, ret, format = QCOW_FORMAT_QCOW2;
-	bool top = true, write = !chain->read_only;
+	bool top = true, write;
 	char *path = xstrdup(image);
 	struct header header;
 	struct rlimit limit;
@@ -232,9 +240,10 @@ int chain_open(struct chain *chain, const char *image)
 	}
 
 	for (;;) {
-		ret = open_file(chain, path, write, "backing file", &fd);
+		ret = open_file(chain, path, top && !chain->read_only, "backing file", &fd);
 		if (ret)
 			return ret;
+		write = top && !chain->read_only;
 		format = format ?: chain->backing_format;
 		if (!format)
 			return format_missing(chain, header.backing_name, fd);
@@ -254,6 +263,5 @@ int chain_open(struct chain *chain, const char *image)
 		if (ret)
 			return ret;
 		top = false;
-		write = false;
 	}
 }

@@ -246,6 +246,7 @@ static int check(const char * const *values, char **operands)
 	/* Backing files are not looked at, and what they are does not matter. */
 	struct chain chain = {
 		.read_only = !repair,
+		.must_write = repair,
 		.data_file = values[DATA_FILE],
 		.backing_format = QCOW_FORMAT_RAW,
 	};

@@ -55,7 +55,8 @@ extern const struct command attach_command, detach_command, list_command, info_c
 
 struct chain {
 	/* What is wanted. */
-	bool read_only;			/* of the image; the others always are */
+	bool read_only;			/* the image, as the others always are */
+	bool must_write;		/* or else: not even if it can only be read */
 	const char *data_file;		/* of the image; NULL: what its header says */
 	int backing_format;		/* where no header names it; or 0 */
 

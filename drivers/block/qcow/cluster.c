@@ -124,7 +124,9 @@ static int qcow_l2_fill(struct qcow_image *image, u64 to, u64 from)
 		words = image->table_scratch;
 		for (i = 0; i < qcow_l2_per_block(image); i++) {
 			entry = qcow_l2_load(image, block, i);
-			entry.descriptor &= ~QCOW_OFLAG_COPIED;
+			/* In a data file nothing is shared, and it is all there may be. */
+			if (!qcow_is_external(image))
+				entry.descriptor &= ~QCOW_OFLAG_COPIED;
 			*words++ = cpu_to_be64(entry.descriptor);
 			if (image->subclusters > 1)
 				*words++ = cpu_to_be64(entry.bitmap);
@@ -240,12 +242,6 @@ struct qcow_block *qcow_l2_for_write(struct qcow_image *image, u64 guest_offset,
 		err = qcow_l2_make(image, guest_offset);
 		if (err)
 			return ERR_PTR(err);
-	}
-	if (!qcow_image_has(image, entry & QCOW_L1_OFFSET_MASK,
-			    qcow_cluster_size(image))) {
-		qcow_image_corrupt(image, "the L2 table for guest offset 0x%llx is at host offset 0x%llx, behind the end of the file",
-				   guest_offset, entry & QCOW_L1_OFFSET_MASK);
-		return ERR_PTR(-EIO);
 	}
 	err = qcow_overlap_expect(image, QCOW_METADATA_L2,
 				  entry & QCOW_L1_OFFSET_MASK);
@@ -639,10 +635,9 @@ int qcow_write_begin(struct qcow_chain *chain, u64 guest_offset, u64 length,
 	u64 end, host;
 	int err;
 
-	err = qcow_image_error(image);
+	err = qcow_image_error(image) ?: qcow_commit_throttle(image);
 	if (err)
 		return err;
-	qcow_commit_throttle(image);
 
 	memset(write, 0, sizeof(*write));
 	INIT_LIST_HEAD(&write->frees);

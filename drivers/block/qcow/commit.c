@@ -403,6 +403,8 @@ static int qcow_reclaim_run(struct qcow_image *image, struct qcow_free *free)
 	/* Where an image is damaged, others may lead there, too. */
 	if (READ_ONCE(image->corrupt))
 		return -EIO;
+	if (READ_ONCE(image->leaks))
+		return 0;
 	/* Tables that are freed are not known as tables any more. */
 	err = qcow_overlap_check(image, first << image->cluster_bits,
 				 free->count << image->cluster_bits);
@@ -546,16 +548,20 @@ bool qcow_reclaim_now(struct qcow_image *image)
  * @image: a writable image
  *
  * Context: may sleep. Not inside an epoch, no locks held.
+ *
+ * Return: 0, or the errno of a commit without which there would be too much.
  */
-void qcow_commit_throttle(struct qcow_image *image)
+int qcow_commit_throttle(struct qcow_image *image)
 {
 	u64 max_dirty = image->cache->limit >> (QCOW_BLOCK_BITS + 1);
+	int err = 0;
 
 	if (READ_ONCE(image->nr_dirty) > max_dirty ||
 	    READ_ONCE(image->nr_frees) > QCOW_MAX_FREES)
-		qcow_commit(image);
+		err = qcow_commit(image);
 	if (READ_ONCE(image->nr_reclaims) > 2 * QCOW_MAX_FREES)
 		qcow_reclaim(image);
+	return err;
 }
 
 /**

@@ -288,8 +288,6 @@ static int qcow_unpack_fill(struct qcow_image *image,
 	int err;
 
 	qcow_packed_range(image, unpacked->descriptor, &host_offset, &length);
-	/* There are streams that would go on in zeroes, with other data than theirs. */
-	length = min_t(u64, length, size > host_offset ? size - host_offset : 0);
 	start = round_down(host_offset, QCOW_SECTOR);
 	skip = host_offset - start;
 	iov_iter_bvec(&iter, ITER_DEST, unpacker->vecs, unpacker->nr_vecs,
@@ -299,6 +297,12 @@ static int qcow_unpack_fill(struct qcow_image *image,
 		if (is_vmalloc_addr(unpacker->data))
 			invalidate_kernel_vmap_range(unpacker->data,
 						     skip + length);
+		/*
+		 * What a file lacks that has been cut is zero, of which zlib would
+		 * make something. Once we have made it longer, there is no telling.
+		 */
+		length = min_t(u64, length,
+			       size > host_offset ? size - host_offset : 0);
 		err = qcow_codec(image)->unpack(unpacker,
 						unpacker->data + skip, length,
 						unpacked->data,

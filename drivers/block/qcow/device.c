@@ -956,7 +956,9 @@ int qcow_devices_init(void)
 {
 	int err;
 
-	qcow_detach_wq = alloc_workqueue("qcow-detach", WQ_UNBOUND, 0);
+	/* Freezable: what a detach writes would outrun a saved memory. */
+	qcow_detach_wq = alloc_workqueue("qcow-detach",
+					 WQ_UNBOUND | WQ_FREEZABLE, 0);
 	if (!qcow_detach_wq)
 		return -ENOMEM;
 	err = qcow_freezes_init();

@@ -14,23 +14,33 @@
 
 #include "qcow.h"
 
-/* Zero a part of the data file that is mapped; give its space back if @punch. */
+/* How what is in the data file becomes zero. */
+enum qcow_zero_how {
+	QCOW_ZERO_WRITE,
+	QCOW_ZERO_PUNCH,	/* its space is given back, where that is possible */
+	QCOW_ZERO_ADVISE,	/* or, where it is not, nothing is done */
+};
+
 static int qcow_zero_in_place(struct qcow_image *image, u64 host_offset,
-			      u64 length, bool punch)
+			      u64 length, enum qcow_zero_how how)
 {
 	int err = qcow_overlap_check_data(image, host_offset, length);
 
 	if (err)
 		return err;
-	if (punch &&
-	    !qcow_file_punch(qcow_data_file(image), host_offset, length))
+	if (how != QCOW_ZERO_WRITE &&
+	    (!qcow_file_punch(qcow_data_file(image), host_offset, length) ||
+	     how == QCOW_ZERO_ADVISE))
 		return 0;
 	return qcow_file_write_zeroes(qcow_data_file(image), length, host_offset);
 }
 
-/* Write zeroes as data, where the zero flag cannot say it. */
+/*
+ * Write zeroes as data, where the zero flag cannot say it. In a raw data file they
+ * are to be seen where L2 says zero or nothing, too; nobody else has data there.
+ */
 static int qcow_zero_data(struct qcow_chain *chain, u64 guest_offset,
-			  u64 length, bool punch)
+			  u64 length, enum qcow_zero_how how)
 {
 	struct qcow_image *image = chain->layers[0];
 	struct qcow_extent extent;
@@ -43,7 +53,10 @@ static int qcow_zero_data(struct qcow_chain *chain, u64 guest_offset,
 		err = qcow_map(chain, 0, guest_offset, length, &extent);
 		if (!err && extent.in_place && extent.image == image)
 			err = qcow_zero_in_place(image, extent.host_offset,
-						 extent.length, punch);
+						 extent.length, how);
+		else if (!err && extent.type == QCOW_EXTENT_ZERO && image->data_raw)
+			err = qcow_zero_in_place(image, guest_offset, extent.length,
+						 how ?: QCOW_ZERO_PUNCH);
 		qcow_image_exit(image, epoch);
 		if (err)
 			return err;
@@ -164,7 +177,9 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 	u64 l1_entry;
 	int err;
 
-	qcow_commit_throttle(image);
+	err = qcow_commit_throttle(image);
+	if (err)
+		return err;
 	qcow_range_lock(image, &range, first, last);
 	err = qcow_l1_entry(image, guest_offset, &l1_entry);
 	if (err)
@@ -291,7 +306,9 @@ static int qcow_zero_subclusters(struct qcow_chain *chain, u64 guest_offset,
 	qcow_image_exit(image, epoch);
 	if (zero || err)
 		return err;
-	qcow_commit_throttle(image);
+	err = qcow_commit_throttle(image);
+	if (err)
+		return err;
 	qcow_range_lock(image, &range, cluster, cluster);
 	block = qcow_l2_for_write(image, guest_offset, &index);
 	if (IS_ERR(block)) {
@@ -318,7 +335,7 @@ out_put:
 	qcow_l2_release(image, block);
 out_unlock:
 	qcow_range_unlock(image, &range);
-	return packed ? qcow_zero_data(chain, guest_offset, length, false) :
+	return packed ? qcow_zero_data(chain, guest_offset, length, QCOW_ZERO_WRITE) :
 			err;
 }
 
@@ -334,11 +351,14 @@ static int qcow_zero_part(struct qcow_chain *chain, u64 guest_offset, u64 length
 	int err;
 
 	if (image->subclusters == 1 || from >= to)
-		return qcow_zero_data(chain, guest_offset, length, false);
-	err = qcow_zero_data(chain, guest_offset, from - guest_offset, false) ?:
+		return qcow_zero_data(chain, guest_offset, length,
+				      QCOW_ZERO_WRITE);
+	err = qcow_zero_data(chain, guest_offset, from - guest_offset,
+			     QCOW_ZERO_WRITE) ?:
 	      qcow_zero_subclusters(chain, from, min(to, stop) - from);
 	return err || to >= stop ? err :
-				   qcow_zero_data(chain, to, stop - to, false);
+				   qcow_zero_data(chain, to, stop - to,
+						  QCOW_ZERO_WRITE);
 }
 
 /**
@@ -367,7 +387,8 @@ int qcow_write_zeroes(struct qcow_chain *chain, u64 guest_offset, u64 length,
 	if (image->data_raw ||
 	    (image->header.version < 3 && (!unmap || chain->depth > 1)))
 		return qcow_zero_data(chain, guest_offset, length,
-				      unmap && image->data_raw);
+				      unmap && image->data_raw ?
+				      QCOW_ZERO_PUNCH : QCOW_ZERO_WRITE);
 
 	qcow_whole_clusters(image, guest_offset, length, &first, &end);
 	from = min(first << image->cluster_bits, stop);
@@ -400,7 +421,8 @@ int qcow_discard(struct qcow_chain *chain, u64 guest_offset, u64 length,
 	if (err)
 		return err;
 	if (image->data_raw)
-		return qcow_zero_data(chain, guest_offset, length, true);
+		return qcow_zero_data(chain, guest_offset, length,
+				      QCOW_ZERO_ADVISE);
 	/* Without a zero flag the content of the backing file would appear. */
 	if (image->header.version < 3 && chain->depth > 1)
 		return 0;

@@ -12,12 +12,13 @@
  * length need not be a multiple of anything).
  *
  * Durability: a write is durable only after qcow_file_sync() returned 0, or if
- * it carried IOCB_DSYNC.
+ * it carried IOCB_DSYNC and the file is said to have that (struct qcow_file).
  */
 #include <linux/blkdev.h>
 #include <linux/bvec.h>
 #include <linux/falloc.h>
 #include <linux/file.h>
+#include <linux/magic.h>
 #include <linux/mm.h>
 #include <linux/mount.h>
 #include <linux/sched/mm.h>
@@ -62,6 +63,24 @@ static bool qcow_file_can_direct(struct qcow_file *f)
 		return bdev_logical_block_size(file_inode(file)->i_sb->s_bdev) <=
 		       QCOW_SECTOR;
 	return qcow_file_try_direct(f);
+}
+
+/*
+ * Not every file system looks at IOCB_DSYNC where a direct write completes later:
+ * FUSE and 9p do not. These are known to.
+ */
+static bool qcow_file_has_dsync(const struct file *file)
+{
+	if (S_ISBLK(file->f_mapping->host->i_mode))
+		return true;
+	switch (file_inode(file)->i_sb->s_magic) {
+	case BTRFS_SUPER_MAGIC:
+	case EXT4_SUPER_MAGIC:
+	case XFS_SUPER_MAGIC:
+		return true;
+	default:
+		return false;
+	}
 }
 
 /**
@@ -134,6 +153,7 @@ int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 	f->writable = writable;
 	f->file = file;
 	f->direct = io_mode != QCOW_IO_BUFFERED && qcow_file_can_direct(f);
+	f->dsync = f->direct && qcow_file_has_dsync(file);
 	if (io_mode == QCOW_IO_DIRECT && !f->direct) {
 		qcow_message_set(msg, "%pD does not allow direct I/O of 512 bytes; use --io=auto",
 				 file);

@@ -256,6 +256,9 @@ static int qcow_open_qcow2(struct qcow_image *image, const char *snapshot,
 	image->reftable_offset = header->refcount_table_offset;
 	image->reftable_clusters = header->refcount_table_clusters;
 	image->incompatible = header->incompatible;
+	/* The last cluster may be used up to its end; it is just not there yet. */
+	atomic64_set(&image->end_offset, round_up(qcow_file_size(&image->file),
+						  (u64)qcow_cluster_size(image)));
 	if (snapshot) {
 		image->snapshot = kstrdup(snapshot, GFP_KERNEL);
 		if (!image->snapshot)
@@ -303,9 +306,6 @@ static int qcow_open_writable(struct qcow_image *image,
 				    WQ_FREEZABLE | WQ_UNBOUND, 0);
 	if (!image->wq)
 		return -ENOMEM;
-	/* The last cluster may be used up to its end; it is just not there yet. */
-	image->end_offset = round_up(qcow_file_size(&image->file),
-				     (u64)qcow_cluster_size(image));
 	err = init_srcu_struct(&image->epoch);
 	if (err)
 		return err;
@@ -553,6 +553,7 @@ static int qcow_image_clear_dirty(struct qcow_image *image)
 /* Write everything that is left, and give back what was grown ahead of use. */
 static int qcow_image_write_all(struct qcow_image *image)
 {
+	u64 end;
 	int err;
 
 	err = qcow_commit_all(image);
@@ -565,9 +566,9 @@ static int qcow_image_write_all(struct qcow_image *image)
 	flush_work(&image->corrupt_work);
 	if (err)
 		return err;
-	if (!image->file.bdev &&
-	    qcow_file_size(&image->file) > image->end_offset)
-		err = qcow_file_truncate(&image->file, image->end_offset);
+	end = atomic64_read(&image->end_offset);
+	if (!image->file.bdev && qcow_file_size(&image->file) > end)
+		err = qcow_file_truncate(&image->file, end);
 	if (!err)
 		err = qcow_file_sync(&image->file);
 	return err ?: qcow_image_clear_dirty(image);
@@ -642,9 +643,12 @@ int qcow_image_close(struct qcow_image *image)
 	struct qcow_free *free, *next;
 	int err = 0;
 
-	/* Only its one device knows a writable image, so nobody finds it here. */
+	/*
+	 * Only its one device knows a writable image, so nobody finds it here.
+	 * Freezable like image->wq, which is waited for and so cannot do it.
+	 */
 	if (image->writable)
-		err = qcow_image_finish(image, system_unbound_wq,
+		err = qcow_image_finish(image, system_freezable_wq,
 					qcow_image_write_all);
 
 	mutex_lock(&qcow_images_mutex);

@@ -165,6 +165,13 @@ int qcow_l1_entry(struct qcow_image *image, u64 guest_offset, u64 *entry)
 	}
 	if (!offset)
 		*entry = 0;
+	/* A table that is read there would be in the way of what comes there. */
+	else if (image->writable &&
+		 !qcow_image_has(image, offset, qcow_cluster_size(image))) {
+		qcow_image_corrupt(image, "the L2 table for guest offset 0x%llx is at host offset 0x%llx, behind the end of the file",
+				   guest_offset, offset);
+		return -EIO;
+	}
 	return 0;
 }
 
@@ -205,11 +212,7 @@ static int qcow_l2_classify_packed(struct qcow_image *image, u64 descriptor,
 	u32 length;
 
 	qcow_packed_range(image, descriptor, &host_offset, &length);
-	/*
-	 * There is nothing compressed in the header, which must not be freed. Data
-	 * that goes on behind the end of the file is zero there, and what becomes of
-	 * that is seen when it is decompressed: it may well have ended before.
-	 */
+	/* There is nothing compressed in the header, which must not be freed. */
 	if (qcow_is_external(image) || descriptor & QCOW_OFLAG_COPIED ||
 	    host_offset < cluster_size ||
 	    host_offset >= QCOW_MAX_HOST_OFFSET ||
@@ -217,6 +220,17 @@ static int qcow_l2_classify_packed(struct qcow_image *image, u64 descriptor,
 		qcow_image_corrupt(image, "L2 entry for guest offset 0x%llx is 0x%llx, which is not valid for a compressed cluster",
 				   guest_offset, descriptor);
 		return -EIO;
+	}
+	/*
+	 * The data may have ended before the file does; whether it has is seen when
+	 * it is decompressed. But nobody has counted what it would go on in, which
+	 * may become that of other data, and must not be freed with this.
+	 */
+	if (image->writable && !READ_ONCE(image->leaks) &&
+	    !qcow_image_has(image, host_offset, length)) {
+		WRITE_ONCE(image->leaks, true);
+		pr_warn("qcow: %pD: the compressed data for guest offset 0x%llx goes on behind the end of the file; until it is detached, nothing is freed\n",
+			image->file.file, guest_offset);
 	}
 	state->type = QCOW_EXTENT_COMPRESSED;
 	state->mapped = false;

@@ -262,10 +262,9 @@ int qcow_pack_write(struct qcow_image *image, u64 guest_offset,
 	u32 size;
 	int ret;
 
-	ret = qcow_image_error(image);
+	ret = qcow_image_error(image) ?: qcow_commit_throttle(image);
 	if (ret)
 		return ret;
-	qcow_commit_throttle(image);
 	qcow_range_lock(image, &range, cluster, cluster);
 	ret = qcow_pack_look(image, guest_offset);
 	if (ret)

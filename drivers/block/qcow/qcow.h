@@ -90,6 +90,7 @@ static inline void qcow_io_scope_exit(unsigned int old)
  * struct qcow_file - one file that holds an image
  * @file: the file; what userspace opened, and locked, the device keeps as well
  * @direct: read and written directly; otherwise always through the page cache
+ * @dsync: what is written directly with IOCB_DSYNC is durable when it completes
  * @writable: opened for writing, and to be written
  * @bdev: a block device, whose length is fixed
  * @no_punch: it cannot punch holes, as was seen
@@ -97,6 +98,7 @@ static inline void qcow_io_scope_exit(unsigned int old)
 struct qcow_file {
 	struct file *file;
 	bool direct;
+	bool dsync;
 	bool writable;
 	bool bdev;
 	bool no_punch;
@@ -462,7 +464,7 @@ struct qcow_image {
 	u64 refblocks_known;		/* those up to here exist, as far as seen */
 	u64 zero_from;			/* known zero, host bytes: from here ... */
 	u64 zero_to;			/* ... to here; empty where from >= to */
-	u64 end_offset;			/* behind the last cluster ever taken */
+	atomic64_t end_offset;		/* behind the last cluster ever taken */
 	void *scratch;			/* QCOW_BLOCK_SIZE, alloc_mutex */
 	void *table_scratch;		/* QCOW_BLOCK_SIZE, table_mutex */
 	void *bounce;			/* QCOW_BATCH blocks, commit_mutex */
@@ -478,6 +480,7 @@ struct qcow_image {
 
 	atomic_t damaged;		/* @damage is being set, or is */
 	bool corrupt;			/* it is: no more writes */
+	bool leaks;			/* nothing is freed: see map.c */
 	struct qcow_message damage;	/* what was found */
 	void (*on_corrupt)(void *data);	/* called then, in process context */
 	void *on_corrupt_data;
@@ -525,14 +528,17 @@ static inline struct qcow_file *qcow_data_file(struct qcow_image *image)
  * @host_offset: bytes
  * @length: bytes
  *
- * The last cluster of a file may end before its end.
+ * Its last cluster counts as a whole. What the file was extended by does not count
+ * before it is taken: at detach it is cut off again.
  */
 static inline bool qcow_image_has(const struct qcow_image *image,
 				  u64 host_offset, u64 length)
 {
-	u64 end = round_up(qcow_file_size(&image->file),
-			   (u64)qcow_cluster_size(image));
+	u64 end;
 
+	/* Who has seen an entry sees the end that was noted before it was made. */
+	smp_rmb();
+	end = atomic64_read(&image->end_offset);
 	return length <= end && host_offset <= end - length;
 }
 
@@ -641,7 +647,7 @@ bool qcow_image_dirty(struct qcow_image *image);
 int qcow_commit_all(struct qcow_image *image);
 void qcow_commit_arm_locked(struct qcow_image *image);
 bool qcow_reclaim_now(struct qcow_image *image);
-void qcow_commit_throttle(struct qcow_image *image);
+int qcow_commit_throttle(struct qcow_image *image);
 void qcow_commit_work_fn(struct work_struct *work);
 void qcow_reclaim_work_fn(struct work_struct *work);
 struct qcow_free *qcow_free_alloc(struct qcow_image *image);

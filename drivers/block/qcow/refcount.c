@@ -340,7 +340,10 @@ static bool qcow_known_zero(struct qcow_image *image, u64 host_offset, u64 len)
 /* These bytes hold something now. */
 static void qcow_note_used(struct qcow_image *image, u64 end)
 {
-	image->end_offset = max(image->end_offset, end);
+	if (end > atomic64_read(&image->end_offset))
+		atomic64_set(&image->end_offset, end);
+	/* Before any entry that leads there: see qcow_image_has(). */
+	smp_wmb();
 }
 
 /*

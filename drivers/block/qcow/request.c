@@ -14,8 +14,8 @@
  * of the segment, in a worker of another queue, so that it never waits for
  * workers that wait for it.
  *
- * FUA: a direct overwrite whose mapping is durable carries IOCB_DSYNC; anything
- * else is followed by a commit.
+ * FUA: a direct overwrite whose mapping is durable carries IOCB_DSYNC, if that is
+ * worth something there (struct qcow_file); anything else is followed by a commit.
  *
  * The gate. Each request that may change the image holds a reference of dev->gate
  * from before its worker is queued until all that it does is done. To shut the gate
@@ -45,6 +45,7 @@
 
 #include "device.h"
 #include "qcow.h"
+#include "trace.h"
 
 #define QCOW_SEGMENT_POOL_MIN	16
 #define QCOW_VECS_POOL_MIN	4
@@ -530,6 +531,8 @@ static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 		seg = qcow_segment_alloc(req, skip);
 		seg->epoch = qcow_image_enter(image);
 		err = qcow_map_layer(image, guest_offset + skip, piece, &extent);
+		if (!err)
+			trace_qcow_map(guest_offset + skip, &extent, 0);
 		if (!err && extent.in_place)
 			err = qcow_overlap_check_data(image, extent.host_offset,
 						      extent.length);
@@ -537,7 +540,7 @@ static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 			done = extent.length;
 			qcow_segment_set(seg, &extent);
 			/* After the look-up: then its entry was durable. */
-			if (fua && (!qcow_data_file(image)->direct ||
+			if (fua && (!qcow_data_file(image)->dsync ||
 				    qcow_image_dirty(image)))
 				req->commit = true;
 			else if (fua)
