@@ -179,6 +179,20 @@ else
 	skip "nbd" "no nbd"
 fi
 
+# Sectors of 4 KiB: direct I/O is of 512 bytes.
+truncate -s 24M sectors.img
+new_loop --sector-size 4096 sectors.img
+qemu-img create -q -f qcow2 "$LOOP" 16M
+refused "sectors of 4 KiB: direct I/O" 'does not allow direct I/O of 512 bytes' \
+	--io=direct "$LOOP"
+attach "$LOOP"
+is "sectors of 4 KiB: it goes through the page cache" \
+	"$(qcowctl list -n -o IO | tr -d ' ')" buffered
+ok "sectors of 4 KiB: single ones of 512 bytes" xfs_io -d -c 'pwrite -q 512 512' \
+	-c 'pwrite -q 1M 3k' -c fsync "$DEV"
+detach
+check_clean "$LOOP" "sectors of 4 KiB"
+
 # A device that cannot discard: clusters are freed all the same, and reused.
 null=/sys/kernel/config/nullb/nullb0
 if modprobe -q null_blk nr_devices=0 &&

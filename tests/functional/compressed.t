@@ -93,8 +93,19 @@ if [[ -e $EVENT/enable ]]; then
 		"$(grep -c "qcow_unpack:.* host_offset=$(printf '0x%x' "$at") " \
 			/sys/kernel/tracing/trace)" 1
 	detach
+	attach --read-only "$PWD/x.qcow2"
+	udevadm settle
+	echo >/sys/kernel/tracing/trace
+	echo 1 >$EVENT/enable
+	dd if="$DEV" of=/dev/null bs=1408k skip=1 count=1 iflag=direct status=none
+	echo 0 >$EVENT/enable
+	is "the clusters of one read are decompressed on all CPUs" \
+		"$(grep qcow_unpack: /sys/kernel/tracing/trace |
+			grep -o '\[0[0-9]*\]' | sort -u | wc -l)" "$(nproc)"
+	detach
 else
 	skip "256 reads of one cluster decompress it once" "no trace events"
+	skip "the clusters of one read are decompressed on all CPUs" "no trace events"
 fi
 
 # these_read FIRST [COUNT]: clusters of 64 KiB, without reading ahead of them

@@ -179,6 +179,8 @@ if attach /dev/mapper/faulty; then
 			count=1 oflag=direct status=none
 	done
 	"$QCOWCTL" detach "$DEV" 2>"$WORK/.err"
+	is "a detach that cannot write: its exit code" $? 1
+	like "and what it says" "$(<"$WORK/.err")" 'detached, but not everything could be written'
 	ok "the device goes" test ! -e "/sys/block/${DEV#/dev/}"
 	forget "$DEV"
 	ok "and the image has no error" is_consistent /dev/mapper/faulty

@@ -64,6 +64,8 @@ stopped() {
 	not_ok "$desc: no more writes" \
 		xfs_io -d -c 'pwrite -q 64k 4k' -c fsync "$DEV"
 	like "$desc: the list says it" "$(qcowctl list)" corrupt
+	like "$desc: info says what" "$(qcowctl info "$DEV")" "damage .*$says"
+	like "$desc: so does the log" "$(dmesg | tail -n 40)" "the image is damaged: .*$says"
 	try_detach || :
 	is "$desc: no table has changed" "$(tables bad.qcow2)" "$before"
 }

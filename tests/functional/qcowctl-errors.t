@@ -44,6 +44,8 @@ refused "an unknown backing format" 2 "--backing-format cannot be 'qcow'" \
 refused "detach nothing" 2 "nothing to detach" detach
 refused "detach all and one" 2 "--all and 'qcow0' exclude" detach --all qcow0
 refused "list something" 2 "list: too many operands; give none" list qcow0
+refused "check a device with a data file" 2 "check: --data-file goes with an image only" \
+	check --data-file=x 0
 refused "an unknown column" 2 "no column 'nope'" list -o name,nope
 refused "an empty column" 2 "no column ''" list -o name,
 refused "info on nothing" 2 "info: too few operands" info
@@ -223,6 +225,9 @@ fi
 hold ok.qcow2
 refused "an image that QEMU writes" 4 \
 	"ok.qcow2: $HOLDER \(qemu-io\) has it open for writing" attach ok.qcow2
+like "or somebody that cannot be seen" \
+	"$(unshare --pid --fork --mount-proc "$QCOWCTL" attach ok.qcow2 2>&1)" \
+	'ok.qcow2: another process, not visible here, has it open for writing'
 refused "an image that QEMU writes, read-only" 4 \
 	"$HOLDER \(qemu-io\) has it open for writing" attach --read-only ok.qcow2
 release
@@ -269,6 +274,9 @@ ok "info --force-share on a file that is written" "$QCOWCTL" info -U ok.qcow2
 release
 # PATH is for qemu-img: qcowctl itself is found before.
 program=$(type -P "$QCOWCTL")
+is "check without qemu-img" "$(PATH=$WORK "$program" check ok.qcow2 2>&1; echo $?)" \
+	"qcowctl: ok.qcow2: cannot run qemu-img, which checks images; install qemu-utils
+1"
 is "info on a file without qemu-img" \
 	"$(PATH=$WORK "$program" info ok.qcow2 2>&1; echo $?)" \
 	"qcowctl: ok.qcow2: cannot run qemu-img, which reads files: No such file or directory; install qemu-utils

@@ -54,6 +54,27 @@ limits "clusters of 512 bytes" "512 512 512 512 write back 1 0" "$WORK/small.qco
 limits "without discard" "512 4096 65536 0 write back 1 0" --discard=ignore "$WORK/fs.qcow2"
 limits "read-only" "512 4096 65536 0 write through 0 0" --read-only "$WORK/fs.qcow2"
 
+# What is different from one kernel to the next: partitions, and who has it open
+attach "$WORK/fs.qcow2"
+echo 'size=16M' | sfdisk -q --label gpt "$DEV" 2>/dev/null
+detach
+attach "$WORK/fs.qcow2"
+is "partitions are there when attach returns" \
+	"$(blockdev --getsize64 "${DEV}p1")" 16777216
+detach
+attach --autoclear "$WORK/fs.qcow2"
+udevadm settle
+exec 8<>"$DEV"
+ok "autoclear: it stays while it is open" test -e "/sys/block/${DEV#/dev/}"
+exec 8>&-
+for ((i = 0; i < 100; i++)); do
+	[[ -e /sys/block/${DEV#/dev/} ]] || break
+	sleep 0.1
+done
+not_ok "autoclear: it goes with the last close" test -e "/sys/block/${DEV#/dev/}"
+forget "$DEV"
+check_clean fs.qcow2 "with a partition"
+
 CELL_OPS=1000
 run_cell cs=64k,seed=1
 run_cell cs=4k,chain=qcow2,init=1,seed=2

@@ -186,14 +186,6 @@ static int judge(int status, const char *path, bool repair, bool attached)
 	}
 }
 
-/* The line in a file of /sys/block/qcowN/qcow, or NULL. */
-static char *attribute(int index, const char *name)
-{
-	autofree char *path = xasprintf("/sys/block/qcow%d/qcow/%s", index, name);
-
-	return read_line(path);
-}
-
 static int freeze_failed(const char *name)
 {
 	if (errno == ENODEV)

@@ -152,6 +152,13 @@ int device_number(const char *name)
 	return target ? number_of_name(strrchr(target, '/') + 1) : -1;
 }
 
+char *attribute(int index, const char *name)
+{
+	autofree char *path = xasprintf("/sys/block/qcow%d/qcow/%s", index, name);
+
+	return read_line(path);
+}
+
 int not_attached(const char *name)
 {
 	return fail(EXIT_ABSENT, "%s: not attached; see qcowctl list", name);

@@ -122,6 +122,7 @@ static struct json_object *load_device(int index)
 	autofree char *name = xasprintf("/dev/qcow%d", index);
 	autofree char *path = xasprintf("/sys/block/qcow%d/dev", index);
 	autofree char *numbers = read_line(path);
+	autofree char *damage = attribute(index, "damage");
 	struct json_object *device, *chain, *layer;
 	unsigned int i;
 
@@ -145,6 +146,8 @@ static struct json_object *load_device(int index)
 	json_object_object_add(device, "image",
 			       json_object_get(json_object_object_get(layer, "path")));
 	add_status(device, &status);
+	if (damage && *damage)
+		add_text(device, "damage", damage);
 	json_object_object_add(device, "chain", chain);
 	return device;
 }

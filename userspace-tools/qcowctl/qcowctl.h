@@ -150,6 +150,9 @@ int *control_find(const struct stat *st, const char *path, bool any_layer);
  */
 int device_number(const char *name);
 
+/* The line in a file of /sys/block/qcowN/qcow, or NULL. */
+char *attribute(int index, const char *name);
+
 /* Say that a device is not there. */
 int not_attached(const char *name);
 

@@ -363,7 +363,8 @@ int main(int argc, char **argv)
 	snprintf(base, sizeof(base), "%s.base", argv[1]);
 	layers[0].fd = open_or_die(argv[1], O_RDWR);
 	layers[1].fd = open_or_die(base, O_RDONLY);
-	layers[0].format = layers[1].format = QCOW_FORMAT_QCOW2;
+	layers[0].format = QCOW_FORMAT_QCOW2;
+	layers[1].format = QCOW_FORMAT_QCOW2;
 	/* By known numbers, for those who open them again */
 	dup2(layers[1].fd, 10);
 	dup2(open_or_die(argv[1], O_RDONLY), 11);
