@@ -200,7 +200,7 @@ past_end() {
 	ok "$1: it can be replaced as a whole" \
 		xfs_io -d -c "pwrite -q -b 64k -S 2 $((last << 16)) 64k" -c fsync "$DEV"
 	detach
-	check_clean x.qcow2 "$1, data that was cut off"
+	ok "$1: at worst leaks are left of data that was cut off" is_consistent x.qcow2
 }
 past_end zlib
 past_end zstd
