@@ -127,6 +127,8 @@ ok "mkswap" mkswap -U ${link##*/} "$DEV"
 ok "udev links its UUID to the disk" udevadm wait --timeout=60 $link
 ok "swapon" swapon "$DEV"
 not_ok "swap keeps the device busy" "$QCOWCTL" detach "$DEV"
+not_ok "and from being checked" "$QCOWCTL" check "$DEV"
+like "which is said" "$(<"$WORK/.out")" "in use as swap, .*; swapoff $DEV first"
 cat >swapper <<'END'
 my @page = map { chr(65 + $_ % 26) x 1000000 } 0 .. 29;
 for my $round (1 .. 2) {

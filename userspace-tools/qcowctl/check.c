@@ -211,10 +211,15 @@ static int check_device(int index, const char *seconds)
 	};
 	struct qcow_thaw thaw = { .size = sizeof(thaw), .index = index };
 	autofree char *image = NULL, *data = NULL, *read_only = NULL;
+	autofree char *swap = device_swap(index);
 	int status;
 
 	if (!control_open())
 		return control_error();
+	/* What is written last may need memory that is free only when swap is written. */
+	if (swap)
+		return fail(EXIT_BUSY, "%s: in use as swap, which must not wait for a check; swapoff %s first",
+			    name, swap);
 	if (control_call(QCOW_CTL_FREEZE, &freeze))
 		return freeze_failed(name);
 	image = attribute(index, "image");

@@ -171,10 +171,12 @@ extern const char * const compress_names[4];
  * or "/dev/qcowN".
  * device_holder: what keeps a device in use until somebody undoes it, a mount for
  * example: "mounted on /mnt".
+ * device_swap: the node of it, or of a partition, that is in use as swap.
  * device_openers: "open in PID (command)", of processes; never NULL.
  */
 char *lock_holder(const struct stat *st, int byte);
 char *device_holder(int index);
+char *device_swap(int index);
 char *device_openers(int index);
 
 /* util.c: messages, strict parsing, strings */

@@ -152,10 +152,15 @@ static char *holders(int index)
 	return found;
 }
 
+char *device_swap(int index)
+{
+	return find_in_table("/proc/swaps", index, true);
+}
+
 char *device_holder(int index)
 {
 	autofree char *node = xasprintf("/dev/qcow%d", index);
-	autofree char *swap = find_in_table("/proc/swaps", index, true);
+	autofree char *swap = device_swap(index);
 	autofree char *device = NULL;
 	char *found = mounted(index);
 	struct stat st;
