@@ -203,6 +203,13 @@ if mount -t tmpfs ro ro 2>/dev/null; then
 	refused "an image on a read-only file system, with --compress" 6 \
 		"cannot be opened for writing: Read-only file system; make that" \
 		attach --compress=zlib ro/ok.qcow2
+	qemu-img create -q -f qcow2 -o data_file=ro-data.raw ro-data.qcow2 1M
+	mount -o remount,rw ro
+	cp ro-data.raw ro/
+	mount -o remount,ro ro
+	refused "a data file on a read-only file system" 6 \
+		"ro/ro-data.raw: cannot be opened for writing: .*; to attach .* --read-only" \
+		attach --data-file=ro/ro-data.raw ro-data.qcow2
 	refused "repairing one there" 6 "cannot be opened for writing: .*make that" \
 		check --repair ro/ok.qcow2
 	umount ro

@@ -117,8 +117,9 @@ static int open_failed(const struct chain *chain, const char *path, bool write,
 	if (write && errno == ETXTBSY)
 		return conflict(path, DENIES(WRITE));
 	if (write && code == EXIT_DENIED)
-		return fail(code, "%s: cannot be opened for writing: %m; make that possible, or leave out what writes",
-			    path);
+		return fail(code, "%s: cannot be opened for writing: %m; %s", path,
+			    chain->must_write ? "make that possible, or leave out what writes" :
+						"to attach it all the same, use --read-only");
 	if (chain->image)
 		return fail(code, "%s: %m; it is the %s of %s", path, what, chain->image);
 	return fail(code, "%s: %m; check the image's name", path);
