@@ -23,6 +23,7 @@
 #   io=auto          option of qcowctl attach; buffered puts the image on tmpfs
 #   cache=           option --cache-size of qcowctl attach
 #   compress=        zlib or zstd: option of qcowctl attach
+#   inline=yes       no: option --no-inline of qcowctl attach
 #   jobs=1           threads that race
 #   dev=direct       buffered: I/O to the device through the page cache
 #   hot=             only touch this much of the start
@@ -195,6 +196,7 @@ cell_steps() {
 
 	if ! try_attach --discard="$discard" --io="$io" \
 		${cache:+--cache-size "$cache"} ${compress:+--compress="$compress"} \
+		$([[ $inline == yes ]] || echo --no-inline) \
 		"$PWD/image.qcow2"; then
 		cat "$WORK/.err"
 		echo "attach failed"
@@ -261,6 +263,7 @@ cell_steps() {
 run_cell() {
 	local v=3 cs=64k ext=0 rc=16 pre=off chain=none data=none snap=0 init=0 size=8M
 	local packed='' discard=unmap io=auto cache='' compress='' jobs=1 dev=direct
+	local inline=yes
 	local hot='' seed=1
 	local ops=$CELL_OPS pair dir status
 	local -a pairs
@@ -269,7 +272,7 @@ run_cell() {
 	for pair in "${pairs[@]}"; do
 		case ${pair%%=*} in
 		v | cs | ext | rc | pre | chain | data | packed | snap | init | size | discard | \
-			io | cache | compress | jobs | dev | hot | seed | ops)
+			io | cache | compress | inline | jobs | dev | hot | seed | ops)
 			printf -v "${pair%%=*}" %s "${pair#*=}"
 			;;
 		*)
@@ -395,5 +398,7 @@ draw_cell() {
 		fi
 		CELL+="${PICKED:+,compress=$PICKED}"
 	fi
+	pick yes yes yes no
+	CELL+=",inline=$PICKED"
 	CELL+=",seed=$1"
 }

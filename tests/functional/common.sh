@@ -190,7 +190,8 @@ forget() {
 
 # The work of attach and detach without a result.
 try_attach() {
-	if ! DEV=$("$QCOWCTL" attach "$@" 2>"$WORK/.err"); then
+	if ! DEV=$("$QCOWCTL" attach ${QCOW_NO_INLINE:+--no-inline} "$@" \
+		2>"$WORK/.err"); then
 		DEV=
 		return 1
 	fi

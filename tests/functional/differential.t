@@ -22,7 +22,7 @@ FIXED=(
 	'cs=64k,ext=1,chain=raw,jobs=4,hot=512k'
 	'cs=512,rc=64,init=1,jobs=4'
 	'cs=4k,rc=1,chain=deep,init=1'
-	'cs=64k,snap=1,jobs=4,hot=1M'
+	'cs=64k,snap=1,jobs=4,hot=1M,inline=no'
 	'cs=2M,size=24M,chain=qcow2,discard=keep'
 	'cs=1k,rc=8,chain=short,io=buffered,size=8388908'
 	'cs=64k,pre=metadata,discard=ignore,io=direct'

@@ -631,6 +631,67 @@ static void extents_of_a_chain_name_their_layer(struct kunit *test)
 	KUNIT_EXPECT_PTR_EQ(test, extent.image, below_image);
 }
 
+static void what_is_in_memory_is_mapped_without_reading(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .size = SZ_1M };
+	struct qcow_test_disk *top = qcow_test_disk_create(test, &spec);
+	struct qcow_test_disk *below = qcow_test_disk_create(test, &spec);
+	struct qcow_test_file *top_file, *below_file;
+	struct qcow_extent extent, cached;
+	struct qcow_chain *chain;
+	u64 offset;
+
+	qcow_test_disk_add_data(top, 0, 1);
+	qcow_test_disk_map(top, 3 * SZ_64K, 3 | DATA_AT);
+	qcow_test_disk_add_data(below, SZ_64K, 2);
+	top_file = qcow_test_file_create(top);
+	below_file = qcow_test_file_create(below);
+	chain = qcow_test_chain(test, qcow_test_image_open(top_file, false),
+				qcow_test_image_open(below_file, false), NULL);
+
+	/* Nothing is: then it is not read either. */
+	qcow_cache_drop_all(chain->layers[0]);
+	qcow_cache_drop_all(chain->layers[1]);
+	top_file->read_budget = 0;
+	below_file->read_budget = 0;
+	KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, false, 0, 512, &cached),
+			-EAGAIN);
+
+	/* What the top layer has, but not what is below. */
+	top_file->read_budget = -1;
+	KUNIT_ASSERT_EQ(test, qcow_map(chain, 0, 0, 512, &extent), 0);
+	top_file->read_budget = 0;
+	KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, false, 0, 512, &cached), 0);
+	KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, false, SZ_64K, 512,
+					      &cached), -EAGAIN);
+	KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, true, SZ_64K, 512,
+					      &cached), 0);
+	KUNIT_EXPECT_EQ(test, cached.type, QCOW_EXTENT_UNALLOCATED);
+
+	/* All of it, and damage. */
+	below_file->read_budget = -1;
+	KUNIT_ASSERT_EQ(test, qcow_map(chain, 0, SZ_64K, 512, &extent), 0);
+	below_file->read_budget = 0;
+	for (offset = 0; offset < SZ_1M; offset += cached.length) {
+		if (offset == 3 * SZ_64K) {
+			KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, false,
+							      offset, 512,
+							      &cached), -EIO);
+			cached.length = SZ_64K;
+			continue;
+		}
+		KUNIT_ASSERT_EQ(test, qcow_map(chain, 0, offset, SZ_1M - offset,
+					       &extent), 0);
+		KUNIT_ASSERT_EQ(test, qcow_map_cached(chain, false, offset,
+						      SZ_1M - offset, &cached),
+				0);
+		KUNIT_EXPECT_EQ(test, cached.type, extent.type);
+		KUNIT_EXPECT_PTR_EQ(test, cached.image, extent.image);
+		KUNIT_EXPECT_EQ(test, cached.host_offset, extent.host_offset);
+		KUNIT_EXPECT_EQ(test, cached.length, extent.length);
+	}
+}
+
 static void a_broken_backing_file_is_an_error(struct kunit *test)
 {
 	struct qcow_test_spec spec = { .size = SZ_1M };
@@ -694,6 +755,7 @@ static struct kunit_case map_test_cases[] = {
 	KUNIT_CASE(data_behind_the_end_of_the_file_is_zeroes),
 	KUNIT_CASE_PARAM(a_chain_reads_as_its_layers_say, chain_gen_params),
 	KUNIT_CASE(extents_of_a_chain_name_their_layer),
+	KUNIT_CASE(what_is_in_memory_is_mapped_without_reading),
 	KUNIT_CASE(a_broken_backing_file_is_an_error),
 	KUNIT_CASE(a_table_that_could_not_be_read_is_read_again),
 	{}

@@ -16,7 +16,7 @@
 
 enum {
 	READ_ONLY, SNAPSHOT, NUMBER, DISCARD, CACHE_SIZE, IO, FORMAT, BACKING_FORMAT,
-	DATA_FILE, NO_REPAIR, TEMP, AUTOCLEAR, COMPRESS, ATTACH_OPTIONS
+	DATA_FILE, NO_REPAIR, TEMP, AUTOCLEAR, COMPRESS, NO_INLINE, ATTACH_OPTIONS
 };
 
 static const struct option_help attach_options[ATTACH_OPTIONS + 1] = {
@@ -39,6 +39,8 @@ static const struct option_help attach_options[ATTACH_OPTIONS + 1] = {
 		"detach when it is no longer mounted, or otherwise used" },
 	[COMPRESS] = { COMPRESS, "compress", "[=TYPE]",
 		"compress new clusters; TYPE, zlib or zstd, is what IMAGE must be for" },
+	[NO_INLINE] = { NO_INLINE, "no-inline", NULL,
+		"serve each request by a worker, never at once" },
 };
 
 _Static_assert(ATTACH_OPTIONS <= MAX_OPTIONS, "room for the options");
@@ -96,7 +98,8 @@ static int set_options(const char * const *values, struct qcow_attach *call,
 	};
 	*call = (struct qcow_attach) {
 		.size = sizeof(*call),
-		.flags = values[AUTOCLEAR] ? QCOW_ATTACH_AUTOCLEAR : 0,
+		.flags = (values[AUTOCLEAR] ? QCOW_ATTACH_AUTOCLEAR : 0) |
+			 (values[NO_INLINE] ? QCOW_ATTACH_NO_INLINE : 0),
 		.index = number,
 		.cache_limit = cache_limit,
 		.snapshot = (uintptr_t)snapshot,

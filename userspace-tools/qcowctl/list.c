@@ -107,6 +107,7 @@ static void add_status(struct json_object *object, const struct qcow_status *s)
 	add_number(object, "discards", s->discards);
 	add_number(object, "zeroes", s->zeroes);
 	add_number(object, "flushes", s->flushes);
+	add_number(object, "inlined", s->inlined);
 	add_number(object, "errors", s->errors);
 	add_number(object, "allocated", s->clusters_allocated);
 	add_number(object, "freed", s->clusters_freed);

@@ -62,6 +62,7 @@ static void qcow_device_sum(const struct qcow_device *dev,
 		sum->zeroes += READ_ONCE(stats->zeroes);
 		sum->flushes += READ_ONCE(stats->flushes);
 		sum->errors += READ_ONCE(stats->errors);
+		sum->inlined += READ_ONCE(stats->inlined);
 	}
 }
 
@@ -131,6 +132,7 @@ static void qcow_device_describe(struct qcow_device *dev,
 	status->cache_hits = cache.hits;
 	status->cache_misses = cache.misses;
 	status->errors = stats.errors;
+	status->inlined = stats.inlined;
 }
 
 /* ---- sysfs --------------------------------------------------------------- */
@@ -233,6 +235,7 @@ QCOW_STATUS_ATTR(discards, discards);
 QCOW_STATUS_ATTR(zeroes, zeroes);
 QCOW_STATUS_ATTR(flushes, flushes);
 QCOW_STATUS_ATTR(errors, errors);
+QCOW_STATUS_ATTR(inlined, inlined);
 QCOW_STATUS_ATTR(clusters_allocated, clusters_allocated);
 QCOW_STATUS_ATTR(clusters_freed, clusters_freed);
 QCOW_STATUS_ATTR(cache_hits, cache_hits);
@@ -256,6 +259,7 @@ static struct attribute *qcow_attrs[] = {
 	&dev_attr_zeroes.attr,
 	&dev_attr_flushes.attr,
 	&dev_attr_errors.attr,
+	&dev_attr_inlined.attr,
 	&dev_attr_clusters_allocated.attr,
 	&dev_attr_clusters_freed.attr,
 	&dev_attr_cache_hits.attr,
@@ -557,7 +561,8 @@ static int qcow_device_alloc_disk(struct qcow_device *dev)
 		min(num_online_cpus(), QCOW_MAX_HW_QUEUES);
 	dev->tag_set.queue_depth = QCOW_QUEUE_DEPTH;
 	dev->tag_set.numa_node = NUMA_NO_NODE;
-	dev->tag_set.flags = QCOW_TAG_SET_FLAGS;
+	/* What queue_rq() starts below may wait: see inline.c. */
+	dev->tag_set.flags = QCOW_TAG_SET_FLAGS | BLK_MQ_F_BLOCKING;
 	dev->tag_set.cmd_size = qcow_request_size();
 	dev->tag_set.driver_data = dev;
 	err = blk_mq_alloc_tag_set(&dev->tag_set);
@@ -617,6 +622,7 @@ int qcow_device_attach(const struct qcow_attach *args,
 	dev->discard = args->discard;
 	dev->read_only = args->flags & QCOW_ATTACH_READ_ONLY;
 	dev->autoclear = args->flags & QCOW_ATTACH_AUTOCLEAR;
+	dev->no_inline = args->flags & QCOW_ATTACH_NO_INLINE;
 	INIT_WORK(&dev->detach_work, qcow_detach_work_fn);
 	lockdep_register_key(&dev->flush_key);
 	qcow_freeze_setup(dev);

@@ -25,6 +25,7 @@
  * @zeroes: write-zeroes
  * @flushes: flushes
  * @errors: those of any kind that failed
+ * @inlined: reads and writes that no worker was needed for
  */
 struct qcow_device_stats {
 	u64 reads;
@@ -33,6 +34,7 @@ struct qcow_device_stats {
 	u64 zeroes;
 	u64 flushes;
 	u64 errors;
+	u64 inlined;
 };
 
 /**
@@ -58,6 +60,7 @@ struct qcow_device_stats {
  * @nr_layers: half as many
  * @discard: QCOW_DISCARD_*
  * @read_only: the device refuses writes
+ * @no_inline: each request is for a worker
  * @autoclear: to be detached by the last close behind its first use
  * @added: the attach is over, but for its return; set under disk->open_mutex and
  *	qcow_devices_mutex
@@ -92,6 +95,7 @@ struct qcow_device {
 	unsigned int nr_layers;
 	u32 discard;
 	bool read_only;
+	bool no_inline;
 	bool autoclear;
 	bool added;
 	bool claimed;
@@ -113,6 +117,23 @@ int qcow_requests_init(struct qcow_device *dev);
 void qcow_requests_exit(struct qcow_device *dev);
 int qcow_gate_shut(struct qcow_device *dev);
 void qcow_gate_open(struct qcow_device *dev);
+
+/* ---- inline.c ------------------------------------------------------------ */
+
+/**
+ * struct qcow_inline - what a task was doing while it does I/O for the driver
+ * @bio_list: bios that it submits
+ * @plug: requests that it collects
+ * @scope: from qcow_io_scope_enter()
+ */
+struct qcow_inline {
+	struct bio_list *bio_list;
+	struct blk_plug *plug;
+	unsigned int scope;
+};
+
+bool qcow_inline_enter(struct request *rq, struct qcow_inline *saved);
+void qcow_inline_exit(const struct qcow_inline *saved);
 
 /* ---- device.c ------------------------------------------------------------ */
 

@@ -154,6 +154,7 @@ int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 	f->file = file;
 	f->direct = io_mode != QCOW_IO_BUFFERED && qcow_file_can_direct(f);
 	f->dsync = f->direct && qcow_file_has_dsync(file);
+	f->nowait = f->direct && file->f_mode & FMODE_NOWAIT;
 	if (io_mode == QCOW_IO_DIRECT && !f->direct) {
 		qcow_message_set(msg, "%pD does not allow direct I/O of 512 bytes; use --io=auto",
 				 file);
@@ -227,26 +228,43 @@ static void qcow_iocb_init(struct kiocb *iocb, struct qcow_file *f, loff_t pos,
 			 (write ? IOCB_WRITE : 0);
 }
 
-/*
- * One call into the file. Freeze protection is taken for each write of a regular
- * file; it may wait here, so this is never called where waiting is not allowed.
- */
-static ssize_t qcow_iocb_issue(struct kiocb *iocb, struct iov_iter *iter)
+/* Each write of a regular file has its own freeze protection. */
+static bool qcow_iocb_protects(const struct kiocb *iocb)
 {
-	struct file *file = iocb->ki_filp;
+	return iocb->ki_flags & IOCB_WRITE &&
+	       S_ISREG(file_inode(iocb->ki_filp)->i_mode);
+}
 
-	if (iov_iter_rw(iter) == ITER_DEST)
-		return file->f_op->read_iter(iocb, iter);
-	if (S_ISREG(file_inode(file)->i_mode))
+/* False if the file system is frozen, and the caller must not wait. */
+static bool qcow_iocb_start(struct kiocb *iocb)
+{
+	struct super_block *sb = file_inode(iocb->ki_filp)->i_sb;
+
+	if (!qcow_iocb_protects(iocb))
+		return true;
+	if (!(iocb->ki_flags & IOCB_NOWAIT)) {
 		kiocb_start_write(iocb);
-	return file->f_op->write_iter(iocb, iter);
+		return true;
+	}
+	if (!sb_start_write_trylock(sb))
+		return false;
+	/* As kiocb_start_write() does: who ends it is somebody else. */
+	__sb_writers_release(sb, SB_FREEZE_WRITE);
+	return true;
 }
 
 static void qcow_iocb_end(struct kiocb *iocb)
 {
-	if (iocb->ki_flags & IOCB_WRITE &&
-	    S_ISREG(file_inode(iocb->ki_filp)->i_mode))
+	if (qcow_iocb_protects(iocb))
 		kiocb_end_write(iocb);
+}
+
+static ssize_t qcow_iocb_issue(struct kiocb *iocb, struct iov_iter *iter)
+{
+	const struct file_operations *fops = iocb->ki_filp->f_op;
+
+	return iov_iter_rw(iter) == ITER_DEST ? fops->read_iter(iocb, iter) :
+						fops->write_iter(iocb, iter);
 }
 
 static void qcow_io_put(struct qcow_io *io)
@@ -266,16 +284,17 @@ static void qcow_io_complete(struct kiocb *iocb, long ret)
 
 /**
  * qcow_io_submit - start a read or write
- * @io: @io->iter and @io->done are set
+ * @io: @io->iter, @io->ioprio and @io->done are set
  * @f: the file
  * @pos: where, bytes
- * @iocb_flags: IOCB_DSYNC or 0
+ * @iocb_flags: IOCB_DSYNC, IOCB_NOWAIT or 0
  *
  * On a buffered file the transfer is done before this returns. Otherwise it is
  * under way, and @io->done tells. The result may be short, and it may be
  * -EAGAIN: then qcow_file_rw() does the rest.
  *
- * Context: may sleep. @io->done may be called from here or from an interrupt.
+ * Context: may sleep, with IOCB_NOWAIT as far as the file system does not heed
+ * it. @io->done may be called from here or from an interrupt.
  */
 void qcow_io_submit(struct qcow_io *io, struct qcow_file *f, loff_t pos,
 		    int iocb_flags)
@@ -284,6 +303,11 @@ void qcow_io_submit(struct qcow_io *io, struct qcow_file *f, loff_t pos,
 
 	qcow_iocb_init(&io->iocb, f, pos, iocb_flags,
 		       iov_iter_rw(&io->iter) == ITER_SOURCE);
+	io->iocb.ki_ioprio = io->ioprio;
+	if (!qcow_iocb_start(&io->iocb)) {
+		io->done(io, -EAGAIN);
+		return;
+	}
 	atomic_set(&io->refs, 2);
 	if (f->direct)
 		io->iocb.ki_complete = qcow_io_complete;
@@ -319,6 +343,7 @@ int qcow_file_rw(struct qcow_file *f, struct iov_iter *iter, loff_t pos,
 		if (write && f->bdev && pos >= qcow_file_size(f))
 			return -ENOSPC;
 		qcow_iocb_init(&iocb, f, pos, iocb_flags, write);
+		qcow_iocb_start(&iocb);
 		ret = qcow_iocb_issue(&iocb, iter);
 		qcow_iocb_end(&iocb);
 		/* A process that is being killed would get the same again. */

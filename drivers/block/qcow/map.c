@@ -114,6 +114,31 @@ static u64 qcow_l1_index(const struct qcow_image *image, u64 guest_offset)
 	return guest_offset >> (image->cluster_bits + image->l2_bits);
 }
 
+/* Which block has the L1 entry for a guest offset, and where in it that is. */
+static u64 qcow_l1_locate(const struct qcow_image *image, u64 guest_offset,
+			  unsigned int *index)
+{
+	u64 host_offset = image->header.l1_table_offset +
+			  qcow_l1_index(image, guest_offset) * sizeof(__be64);
+	u32 mask = qcow_block_size(image) - 1;
+
+	*index = (host_offset & mask) / sizeof(__be64);
+	return host_offset & ~(u64)mask;
+}
+
+/* The same for the L2 entry. */
+static u64 qcow_l2_locate(const struct qcow_image *image, u64 l1_entry,
+			  u64 guest_offset, unsigned int *index)
+{
+	u32 entry = guest_offset >> image->cluster_bits &
+		    ((1U << image->l2_bits) - 1);
+	unsigned int per_block = qcow_l2_per_block(image);
+
+	*index = entry & (per_block - 1);
+	return (l1_entry & QCOW_L1_OFFSET_MASK) +
+	       ((entry / per_block) << image->block_bits);
+}
+
 /**
  * qcow_l1_block - the cached block with the L1 entry for a guest offset
  * @image: a qcow2 image
@@ -125,38 +150,14 @@ static u64 qcow_l1_index(const struct qcow_image *image, u64 guest_offset)
 struct qcow_block *qcow_l1_block(struct qcow_image *image, u64 guest_offset,
 				 unsigned int *index)
 {
-	u64 host_offset = image->header.l1_table_offset +
-			  qcow_l1_index(image, guest_offset) * sizeof(__be64);
-	u32 mask = qcow_block_size(image) - 1;
-
-	*index = (host_offset & mask) / sizeof(__be64);
-	return qcow_block_get(image, host_offset & ~(u64)mask);
+	return qcow_block_get(image, qcow_l1_locate(image, guest_offset, index));
 }
 
-/**
- * qcow_l1_entry - look up and check an L1 entry
- * @image: a qcow2 image
- * @guest_offset: bytes
- * @entry: out: 0 where there is no L2 table
- *
- * Return: 0, -EIO, or the errno of a read.
- */
-int qcow_l1_entry(struct qcow_image *image, u64 guest_offset, u64 *entry)
+/* Check an L1 entry; one without an L2 table becomes 0. */
+static int qcow_l1_check(struct qcow_image *image, u64 guest_offset, u64 *entry)
 {
-	struct qcow_block *block;
-	unsigned int index;
-	u64 offset;
+	u64 offset = *entry & QCOW_L1_OFFSET_MASK;
 
-	*entry = 0;
-	if (qcow_l1_index(image, guest_offset) >= image->header.l1_size)
-		return 0;
-	block = qcow_l1_block(image, guest_offset, &index);
-	if (IS_ERR(block))
-		return PTR_ERR(block);
-	*entry = qcow_entry_load(image, block, index);
-	qcow_block_put(block);
-
-	offset = *entry & QCOW_L1_OFFSET_MASK;
 	if (*entry & QCOW_L1_RESERVED_MASK ||
 	    offset & (qcow_cluster_size(image) - 1)) {
 		qcow_image_corrupt(image, "L1 entry for guest offset 0x%llx is 0x%llx, not a cluster",
@@ -175,6 +176,56 @@ int qcow_l1_entry(struct qcow_image *image, u64 guest_offset, u64 *entry)
 	return 0;
 }
 
+/*
+ * A block of a table: pinned, read if need be; or only if it is in memory, and kept
+ * there by the RCU read section that the caller is in.
+ */
+static struct qcow_block *qcow_table_get(struct qcow_image *image,
+					 u64 host_offset, bool cached)
+{
+	if (!cached)
+		return qcow_block_get(image, host_offset);
+	return qcow_block_peek(image, host_offset) ?: ERR_PTR(-EAGAIN);
+}
+
+static void qcow_table_put(struct qcow_block *block, bool cached)
+{
+	if (!cached)
+		qcow_block_put(block);
+}
+
+static int qcow_l1_lookup(struct qcow_image *image, u64 guest_offset,
+			  bool cached, u64 *entry)
+{
+	struct qcow_block *block;
+	unsigned int index;
+
+	*entry = 0;
+	if (qcow_l1_index(image, guest_offset) >= image->header.l1_size)
+		return 0;
+	block = qcow_table_get(image,
+			       qcow_l1_locate(image, guest_offset, &index),
+			       cached);
+	if (IS_ERR(block))
+		return PTR_ERR(block);
+	*entry = qcow_entry_load(image, block, index);
+	qcow_table_put(block, cached);
+	return qcow_l1_check(image, guest_offset, entry);
+}
+
+/**
+ * qcow_l1_entry - look up and check an L1 entry
+ * @image: a qcow2 image
+ * @guest_offset: bytes
+ * @entry: out: 0 where there is no L2 table
+ *
+ * Return: 0, -EIO, or the errno of a read.
+ */
+int qcow_l1_entry(struct qcow_image *image, u64 guest_offset, u64 *entry)
+{
+	return qcow_l1_lookup(image, guest_offset, false, entry);
+}
+
 /**
  * qcow_l2_block - the cached block with the L2 entry for a guest offset
  * @image: a qcow2 image
@@ -187,13 +238,8 @@ int qcow_l1_entry(struct qcow_image *image, u64 guest_offset, u64 *entry)
 struct qcow_block *qcow_l2_block(struct qcow_image *image, u64 l1_entry,
 				 u64 guest_offset, unsigned int *index)
 {
-	u32 entry = guest_offset >> image->cluster_bits &
-		    ((1U << image->l2_bits) - 1);
-	unsigned int per_block = qcow_l2_per_block(image);
-
-	*index = entry & (per_block - 1);
-	return qcow_block_get(image, (l1_entry & QCOW_L1_OFFSET_MASK) +
-			      ((entry / per_block) << image->block_bits));
+	return qcow_block_get(image, qcow_l2_locate(image, l1_entry,
+						    guest_offset, index));
 }
 
 /* How many of the lowest bits of @bits are set. */
@@ -360,21 +406,8 @@ static int qcow_map_block(struct qcow_image *image, struct qcow_block *block,
 	return 0;
 }
 
-/**
- * qcow_map_layer - what one layer has at a guest offset
- * @image: the layer
- * @guest_offset: bytes
- * @length: bytes that are of interest, at least 1
- * @extent: out; its length is 1 to @length
- *
- * Behind the end of a layer everything is zero.
- *
- * Context: may sleep and read tables.
- *
- * Return: 0, -EIO if a table is damaged, or the errno of a read.
- */
-int qcow_map_layer(struct qcow_image *image, u64 guest_offset, u64 length,
-		   struct qcow_extent *extent)
+static int qcow_map_lookup(struct qcow_image *image, u64 guest_offset,
+			   u64 length, bool cached, struct qcow_extent *extent)
 {
 	struct qcow_block *block;
 	unsigned int index;
@@ -398,7 +431,7 @@ int qcow_map_layer(struct qcow_image *image, u64 guest_offset, u64 length,
 		return 0;
 	}
 
-	err = qcow_l1_entry(image, guest_offset, &entry);
+	err = qcow_l1_lookup(image, guest_offset, cached, &entry);
 	if (err)
 		return err;
 	if (!entry) {
@@ -407,13 +440,34 @@ int qcow_map_layer(struct qcow_image *image, u64 guest_offset, u64 length,
 		extent->length = min(length, reach - (guest_offset & (reach - 1)));
 		return 0;
 	}
-	block = qcow_l2_block(image, entry, guest_offset, &index);
+	block = qcow_table_get(image,
+			       qcow_l2_locate(image, entry, guest_offset, &index),
+			       cached);
 	if (IS_ERR(block))
 		return PTR_ERR(block);
 	err = qcow_map_block(image, block, index, guest_offset, length, extent);
-	qcow_block_put(block);
+	qcow_table_put(block, cached);
 	extent->length = min(extent->length, length);
 	return err;
+}
+
+/**
+ * qcow_map_layer - what one layer has at a guest offset
+ * @image: the layer
+ * @guest_offset: bytes
+ * @length: bytes that are of interest, at least 1
+ * @extent: out; its length is 1 to @length
+ *
+ * Behind the end of a layer everything is zero.
+ *
+ * Context: may sleep and read tables.
+ *
+ * Return: 0, -EIO if a table is damaged, or the errno of a read.
+ */
+int qcow_map_layer(struct qcow_image *image, u64 guest_offset, u64 length,
+		   struct qcow_extent *extent)
+{
+	return qcow_map_lookup(image, guest_offset, length, false, extent);
 }
 
 /**
@@ -446,6 +500,43 @@ int qcow_map(struct qcow_chain *chain, unsigned int first, u64 guest_offset,
 			break;
 	}
 	if (extent->type == QCOW_EXTENT_UNALLOCATED)
+		extent->type = QCOW_EXTENT_ZERO;
+	trace_qcow_map(guest_offset, extent, layer);
+	return 0;
+}
+
+/**
+ * qcow_map_cached - the same, from tables that are in memory
+ * @chain: the layers
+ * @top: look at the top layer only; then the extent may be UNALLOCATED
+ * @guest_offset: bytes
+ * @length: bytes that are of interest, at least 1
+ * @extent: out, as for qcow_map()
+ *
+ * Context: any; does not sleep.
+ *
+ * Return: 0; -EAGAIN if a table would have to be read; -EIO if one is damaged.
+ */
+int qcow_map_cached(struct qcow_chain *chain, bool top, u64 guest_offset,
+		    u64 length, struct qcow_extent *extent)
+{
+	unsigned int depth = top ? 1 : chain->depth;
+	unsigned int layer;
+	int err;
+
+	extent->length = length;
+	for (layer = 0; layer < depth; layer++) {
+		/* What is found stays in memory until it has been looked at. */
+		rcu_read_lock();
+		err = qcow_map_lookup(chain->layers[layer], guest_offset,
+				      extent->length, true, extent);
+		rcu_read_unlock();
+		if (err)
+			return err;
+		if (extent->type != QCOW_EXTENT_UNALLOCATED)
+			break;
+	}
+	if (!top && extent->type == QCOW_EXTENT_UNALLOCATED)
 		extent->type = QCOW_EXTENT_ZERO;
 	trace_qcow_map(guest_offset, extent, layer);
 	return 0;

@@ -91,6 +91,7 @@ static inline void qcow_io_scope_exit(unsigned int old)
  * @file: the file; what userspace opened, and locked, the device keeps as well
  * @direct: read and written directly; otherwise always through the page cache
  * @dsync: what is written directly with IOCB_DSYNC is durable when it completes
+ * @nowait: it is direct, and knows IOCB_NOWAIT
  * @writable: opened for writing, and to be written
  * @bdev: a block device, whose length is fixed
  * @no_punch: it cannot punch holes, as was seen
@@ -99,6 +100,7 @@ struct qcow_file {
 	struct file *file;
 	bool direct;
 	bool dsync;
+	bool nowait;
 	bool writable;
 	bool bdev;
 	bool no_punch;
@@ -112,6 +114,7 @@ typedef void (*qcow_io_done_fn)(struct qcow_io *io, long ret);
  * struct qcow_io - one asynchronous read or write of a file
  * @iocb: the kernel's handle
  * @iter: what is transferred
+ * @ioprio: with which priority
  * @done: called once, when both the submitter and the file are finished with
  *        @iocb; may be in interrupt context
  * @ret: bytes transferred, or an errno
@@ -120,6 +123,7 @@ typedef void (*qcow_io_done_fn)(struct qcow_io *io, long ret);
 struct qcow_io {
 	struct kiocb iocb;
 	struct iov_iter iter;
+	u16 ioprio;
 	qcow_io_done_fn done;
 	long ret;
 	atomic_t refs;
@@ -356,6 +360,7 @@ struct qcow_cache *qcow_cache_create(u64 limit);
 void qcow_cache_relieve(struct qcow_cache *cache);
 void qcow_cache_put(struct qcow_cache *cache);
 struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset);
+struct qcow_block *qcow_block_peek(struct qcow_image *image, u64 host_offset);
 void qcow_block_put(struct qcow_block *block);
 int qcow_block_place(struct qcow_block *block);
 int qcow_block_prepare(struct qcow_block *block);
@@ -820,6 +825,8 @@ int qcow_map_layer(struct qcow_image *image, u64 guest_offset, u64 length,
 		   struct qcow_extent *extent);
 int qcow_map(struct qcow_chain *chain, unsigned int first, u64 guest_offset,
 	     u64 length, struct qcow_extent *extent);
+int qcow_map_cached(struct qcow_chain *chain, bool top, u64 guest_offset,
+		    u64 length, struct qcow_extent *extent);
 int qcow_chain_read(struct qcow_chain *chain, u64 guest_offset, u64 length,
 		    void *buf);
 

@@ -2,13 +2,17 @@
 /*
  * From block layer requests to I/O on the files.
  *
- * queue_rq() hands each request to a worker, because looking up a table may read
- * it, and an allocating write may wait. The worker resolves the request to
- * segments (runs that are contiguous in one file) and starts their I/O; it does
- * not wait for it. Each segment that reads or overwrites holds an epoch from
- * before its look-up until its I/O is complete; each segment that changes the
- * mapping holds a lock on its clusters instead. The request completes when the
- * worker and all segments have dropped it.
+ * queue_rq() itself starts the I/O of a read or overwrite that is one run in one
+ * file, if the tables that say so are in memory and if it may (inline.c). All else it
+ * hands to a worker, because looking up a table may read it, and an allocating write
+ * may wait. The worker resolves the request to segments (runs that are contiguous in
+ * one file) and starts their I/O; it does not wait for it. Each segment that reads
+ * or overwrites holds an epoch from before its look-up until its I/O is complete;
+ * each segment that changes the mapping holds a lock on its clusters instead. The
+ * request completes when the worker and all segments have dropped it.
+ *
+ * What queue_rq() started, but the file could not do without waiting, is undone, and
+ * the request goes to a worker as if nothing had been tried.
  *
  * What a file could not do at once (short, -EAGAIN) is done again from the start
  * of the segment, in a worker of another queue, so that it never waits for
@@ -53,40 +57,6 @@
 #define QCOW_VECS		256
 
 /**
- * struct qcow_request - what the driver keeps for each request
- * @work: runs it; queued again for the commit after a FUA write
- * @dev: the device
- * @pending: the worker, and each segment in flight
- * @error: the first one, or 0
- * @commit: commit before completing
- * @committing: all segments are done, the commit is next
- * @vecs: the memory of the guest
- * @nr_vecs: how many
- * @offset: bytes of the first one that belong to an earlier request
- * @pooled: @vecs is from dev->request_vecs
- * @gated: a reference of dev->gate is held
- * @held: in dev->gate_held
- * @blkcg: whom the I/O is charged to
- * @memcg: whom the memory is charged to
- */
-struct qcow_request {
-	struct work_struct work;
-	struct qcow_device *dev;
-	atomic_t pending;
-	int error;
-	bool commit;
-	bool committing;
-	bool pooled;
-	bool gated;
-	struct list_head held;
-	unsigned int nr_vecs;
-	unsigned int offset;
-	struct bio_vec *vecs;
-	struct cgroup_subsys_state *blkcg;
-	struct cgroup_subsys_state *memcg;
-};
-
-/**
  * struct qcow_segment - one contiguous piece of I/O for a request
  * @io: the I/O
  * @req: whose
@@ -94,7 +64,7 @@ struct qcow_request {
  * @pos: where, bytes
  * @skip: bytes of the request that come before this segment
  * @length: bytes, with head and tail
- * @iocb_flags: IOCB_DSYNC or 0
+ * @iocb_flags: IOCB_DSYNC, IOCB_NOWAIT or 0
  * @mapping: @write is in use, otherwise @epoch
  * @packed: the layer, where this is a part of a compressed cluster; @pos is then
  *	the offset in the cluster
@@ -121,6 +91,42 @@ struct qcow_segment {
 	struct bio_vec *vecs;
 	unsigned int nr_vecs;
 	struct work_struct retry;
+};
+
+/**
+ * struct qcow_request - what the driver keeps for each request
+ * @work: runs it; queued again for the commit after a FUA write
+ * @dev: the device
+ * @pending: the worker, or queue_rq() in its place, and each segment in flight
+ * @error: the first one, or 0
+ * @commit: commit before completing
+ * @committing: all segments are done, the commit is next
+ * @vecs: the memory of the guest
+ * @nr_vecs: how many
+ * @offset: bytes of the first one that belong to an earlier request
+ * @pooled: @vecs is from dev->request_vecs
+ * @gated: a reference of dev->gate is held
+ * @held: in dev->gate_held
+ * @blkcg: whom the I/O is charged to
+ * @memcg: whom the memory is charged to
+ * @first: the segment where the request begins
+ */
+struct qcow_request {
+	struct work_struct work;
+	struct qcow_device *dev;
+	atomic_t pending;
+	int error;
+	bool commit;
+	bool committing;
+	bool pooled;
+	bool gated;
+	struct list_head held;
+	unsigned int nr_vecs;
+	unsigned int offset;
+	struct bio_vec *vecs;
+	struct cgroup_subsys_state *blkcg;
+	struct cgroup_subsys_state *memcg;
+	struct qcow_segment first;
 };
 
 /**
@@ -161,12 +167,36 @@ static void qcow_complete_rq(struct request *rq)
 	blk_mq_end_request(rq, qcow_status(READ_ONCE(req->error)));
 }
 
+static void qcow_request_unmap(struct qcow_request *req)
+{
+	if (req->pooled)
+		mempool_free(req->vecs, &req->dev->request_vecs);
+	req->pooled = false;
+}
+
+/* Have a worker run it. Context: any. */
+static void qcow_request_queue(struct qcow_request *req)
+{
+#ifdef CONFIG_BLK_CGROUP
+	struct request *rq = blk_mq_rq_from_pdu(req);
+
+	if (rq->bio) {
+		req->blkcg = bio_blkcg_css(rq->bio);
+#ifdef CONFIG_MEMCG
+		if (req->blkcg)
+			req->memcg = cgroup_get_e_css(req->blkcg->cgroup,
+						      &memory_cgrp_subsys);
+#endif
+	}
+#endif
+	queue_work(req->dev->wq, &req->work);
+}
+
 static void qcow_request_finish(struct qcow_request *req)
 {
 	struct request *rq = blk_mq_rq_from_pdu(req);
 
-	if (req->pooled)
-		mempool_free(req->vecs, &req->dev->request_vecs);
+	qcow_request_unmap(req);
 	if (req->memcg)
 		css_put(req->memcg);
 	if (req->error)
@@ -209,6 +239,14 @@ static void qcow_request_iter(struct qcow_request *req, struct iov_iter *iter,
 	iov_iter_truncate(iter, length);
 }
 
+static void qcow_request_zero(struct qcow_request *req, u64 skip, u64 length)
+{
+	struct iov_iter iter;
+
+	qcow_request_iter(req, &iter, skip, length);
+	iov_iter_zero(length, &iter);
+}
+
 static void qcow_segment_iter(struct qcow_segment *seg)
 {
 	if (seg->mapping)
@@ -217,6 +255,13 @@ static void qcow_segment_iter(struct qcow_segment *seg)
 	else
 		qcow_request_iter(seg->req, &seg->io.iter, seg->skip,
 				  seg->length);
+}
+
+/* Segments that are not the first one of their request come from a pool. */
+static void qcow_segment_free(struct qcow_segment *seg)
+{
+	if (seg != &seg->req->first)
+		mempool_free(seg, &seg->req->dev->segments);
 }
 
 static void qcow_segment_end(struct qcow_segment *seg, int err)
@@ -237,7 +282,7 @@ static void qcow_segment_end(struct qcow_segment *seg, int err)
 	} else {
 		qcow_image_exit(qcow_request_image(req), seg->epoch);
 	}
-	mempool_free(seg, &req->dev->segments);
+	qcow_segment_free(seg);
 	qcow_request_error(req, err);
 	qcow_request_put(req);
 }
@@ -294,7 +339,19 @@ static bool qcow_segment_again(const struct qcow_segment *seg, long ret)
 {
 	if (ret >= 0 || ret == -EAGAIN || ret == -EINTR || ret == -ERESTARTSYS)
 		return true;
-	return !seg->iocb_flags && (ret == -EOPNOTSUPP || ret == -ENOMEM);
+	return !(seg->iocb_flags & IOCB_DSYNC) &&
+	       (ret == -EOPNOTSUPP || ret == -ENOMEM);
+}
+
+/* queue_rq() tried it, but one has to wait. */
+static void qcow_request_uninline(struct qcow_request *req, long ret)
+{
+	/* The device below does not know how not to. */
+	if (ret == -EOPNOTSUPP)
+		WRITE_ONCE(req->first.file->nowait, false);
+	qcow_image_exit(qcow_request_image(req), req->first.epoch);
+	qcow_request_unmap(req);
+	qcow_request_queue(req);
 }
 
 static void qcow_segment_done(struct qcow_io *io, long ret)
@@ -302,8 +359,14 @@ static void qcow_segment_done(struct qcow_io *io, long ret)
 	struct qcow_segment *seg = container_of(io, struct qcow_segment, io);
 
 	if (ret == seg->length) {
+		if (seg->iocb_flags & IOCB_NOWAIT)
+			this_cpu_inc(seg->req->dev->stats->inlined);
 		qcow_segment_end(seg, 0);
 	} else if (qcow_segment_again(seg, ret)) {
+		if (seg->iocb_flags & IOCB_NOWAIT) {
+			qcow_request_uninline(seg->req, ret);
+			return;
+		}
 		INIT_WORK(&seg->retry, qcow_segment_retry);
 		queue_work(seg->req->dev->retry_wq, &seg->retry);
 	} else {
@@ -311,23 +374,39 @@ static void qcow_segment_done(struct qcow_io *io, long ret)
 	}
 }
 
+/* It counts as one of those in req->pending already. */
+static void qcow_segment_start(struct qcow_segment *seg)
+{
+	struct request *rq = blk_mq_rq_from_pdu(seg->req);
+
+	qcow_segment_iter(seg);
+	seg->io.ioprio = req_get_ioprio(rq);
+	seg->io.done = qcow_segment_done;
+	qcow_io_submit(&seg->io, seg->file, seg->pos, seg->iocb_flags);
+}
+
 static void qcow_segment_submit(struct qcow_segment *seg)
 {
 	atomic_inc(&seg->req->pending);
-	qcow_segment_iter(seg);
-	seg->io.done = qcow_segment_done;
-	qcow_io_submit(&seg->io, seg->file, seg->pos, seg->iocb_flags);
+	qcow_segment_start(seg);
+}
+
+static void qcow_segment_init(struct qcow_segment *seg,
+			      struct qcow_request *req, u64 skip)
+{
+	seg->req = req;
+	seg->skip = skip;
+	seg->iocb_flags = 0;
+	seg->mapping = false;
 }
 
 static struct qcow_segment *qcow_segment_alloc(struct qcow_request *req,
 					       u64 skip)
 {
-	struct qcow_segment *seg = mempool_alloc(&req->dev->segments, GFP_NOIO);
+	struct qcow_segment *seg = skip ?
+		mempool_alloc(&req->dev->segments, GFP_NOIO) : &req->first;
 
-	seg->req = req;
-	seg->skip = skip;
-	seg->iocb_flags = 0;
-	seg->mapping = false;
+	qcow_segment_init(seg, req, skip);
 	return seg;
 }
 
@@ -378,7 +457,6 @@ static int qcow_read(struct qcow_request *req, u64 guest_offset, u64 length)
 	struct qcow_image *image = qcow_request_image(req);
 	struct qcow_extent extent;
 	struct qcow_segment *seg;
-	struct iov_iter iter;
 	u64 skip;
 	int err;
 
@@ -398,11 +476,10 @@ static int qcow_read(struct qcow_request *req, u64 guest_offset, u64 length)
 			continue;
 		}
 		qcow_image_exit(image, seg->epoch);
-		mempool_free(seg, &req->dev->segments);
+		qcow_segment_free(seg);
 		if (err)
 			return err;
-		qcow_request_iter(req, &iter, skip, extent.length);
-		iov_iter_zero(extent.length, &iter);
+		qcow_request_zero(req, skip, extent.length);
 	}
 	return 0;
 }
@@ -557,7 +634,7 @@ static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 							skip, piece) : 1;
 			if (!err) {
 				done = piece;
-				mempool_free(seg, &req->dev->segments);
+				qcow_segment_free(seg);
 				continue;
 			}
 		}
@@ -566,7 +643,7 @@ static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 			err = qcow_write_mapping(seg, guest_offset + skip,
 						 piece, &done);
 		if (err)
-			mempool_free(seg, &req->dev->segments);
+			qcow_segment_free(seg);
 		if (qcow_status(err) == BLK_STS_NOSPC && !made_room) {
 			made_room = true;
 			qcow_reclaim_now(image);
@@ -580,14 +657,13 @@ static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 }
 
 /* Collect the guest's memory in one array, without copying where it is one. */
-static int qcow_request_map(struct qcow_request *req)
+static int qcow_request_map(struct qcow_request *req, gfp_t gfp)
 {
 	struct request *rq = blk_mq_rq_from_pdu(req);
 	struct req_iterator iter;
 	struct bio_vec vec;
 	unsigned int n = 0;
 
-	req->pooled = false;
 	rq_for_each_bvec(vec, rq, iter)
 		n++;
 	req->nr_vecs = n;
@@ -599,7 +675,9 @@ static int qcow_request_map(struct qcow_request *req)
 	if (n > QCOW_VECS)
 		return -EIO;
 	req->offset = 0;
-	req->vecs = mempool_alloc(&req->dev->request_vecs, GFP_NOIO);
+	req->vecs = mempool_alloc(&req->dev->request_vecs, gfp);
+	if (!req->vecs)
+		return -ENOMEM;
 	req->pooled = true;
 	n = 0;
 	rq_for_each_bvec(vec, rq, iter)
@@ -621,22 +699,17 @@ static int qcow_request_run(struct qcow_request *req)
 
 	switch (req_op(rq)) {
 	case REQ_OP_READ:
-		this_cpu_inc(dev->stats->reads);
-		return qcow_request_map(req) ?:
+		return qcow_request_map(req, GFP_NOIO) ?:
 		       qcow_read(req, guest_offset, length);
 	case REQ_OP_WRITE:
-		this_cpu_inc(dev->stats->writes);
-		return qcow_request_map(req) ?:
+		return qcow_request_map(req, GFP_NOIO) ?:
 		       qcow_write(req, guest_offset, length);
 	case REQ_OP_FLUSH:
-		this_cpu_inc(dev->stats->flushes);
 		return qcow_commit_links(qcow_request_image(req));
 	case REQ_OP_DISCARD:
-		this_cpu_inc(dev->stats->discards);
 		return qcow_discard(dev->chain, guest_offset, length,
 				    dev->discard == QCOW_DISCARD_KEEP);
 	case REQ_OP_WRITE_ZEROES:
-		this_cpu_inc(dev->stats->zeroes);
 		err = qcow_write_zeroes(dev->chain, guest_offset, length,
 					!(rq->cmd_flags & REQ_NOUNMAP) &&
 					dev->discard == QCOW_DISCARD_UNMAP);
@@ -741,11 +814,95 @@ void qcow_gate_open(struct qcow_device *dev)
 		list_del(&req->held);
 		percpu_ref_get(&dev->gate);
 		req->gated = true;
-		queue_work(dev->wq, &req->work);
+		qcow_request_queue(req);
 	}
 }
 
+/* ---- without a worker ---------------------------------------------------- */
+
+/* Is all of it one run, which can be read or overwritten as it is? */
+static bool qcow_map_inline(struct qcow_request *req, u64 guest_offset,
+			    u64 length, bool write, struct qcow_extent *extent)
+{
+	struct qcow_image *image = qcow_request_image(req);
+
+	if (qcow_map_cached(req->dev->chain, write, guest_offset, length,
+			    extent) || extent->length < length)
+		return false;
+	if (write)
+		return extent->in_place && !qcow_image_error(image) &&
+		       !qcow_overlap_check_data(image, extent->host_offset,
+						length);
+	return extent->type == QCOW_EXTENT_DATA ||
+	       extent->type == QCOW_EXTENT_ZERO;
+}
+
+/* Serve it here and now. False if it is for a worker, and nothing was done. */
+static bool qcow_request_inline(struct qcow_request *req)
+{
+	struct request *rq = blk_mq_rq_from_pdu(req);
+	u64 guest_offset = (u64)blk_rq_pos(rq) << SECTOR_SHIFT;
+	struct qcow_image *image = qcow_request_image(req);
+	bool write = req_op(rq) == REQ_OP_WRITE;
+	struct qcow_segment *seg = &req->first;
+	struct qcow_extent extent;
+	struct qcow_inline saved;
+	bool ours;
+
+	if (req->dev->no_inline || (!write && req_op(rq) != REQ_OP_READ) ||
+	    (write && (rq->cmd_flags & REQ_FUA || req->dev->read_only)) ||
+	    !qcow_inline_enter(rq, &saved))
+		return false;
+	qcow_segment_init(seg, req, 0);
+	seg->epoch = qcow_image_enter(image);
+	ours = qcow_map_inline(req, guest_offset, blk_rq_bytes(rq), write,
+			       &extent) &&
+	       (extent.type == QCOW_EXTENT_ZERO ||
+		READ_ONCE(qcow_data_file(extent.image)->nowait)) &&
+	       !qcow_request_map(req, GFP_NOWAIT);
+	if (!ours) {
+		qcow_image_exit(image, seg->epoch);
+	} else if (extent.type == QCOW_EXTENT_DATA) {
+		qcow_segment_set(seg, &extent);
+		seg->iocb_flags = IOCB_NOWAIT;
+		/* From here on it may be complete. */
+		qcow_segment_start(seg);
+	} else {
+		qcow_image_exit(image, seg->epoch);
+		this_cpu_inc(req->dev->stats->inlined);
+		qcow_request_zero(req, 0, extent.length);
+		qcow_request_finish(req);
+	}
+	qcow_inline_exit(&saved);
+	return ours;
+}
+
 /* ---- the queue ----------------------------------------------------------- */
+
+static void qcow_request_count(struct qcow_request *req)
+{
+	struct qcow_device_stats __percpu *stats = req->dev->stats;
+
+	switch (req_op(blk_mq_rq_from_pdu(req))) {
+	case REQ_OP_READ:
+		this_cpu_inc(stats->reads);
+		break;
+	case REQ_OP_WRITE:
+		this_cpu_inc(stats->writes);
+		break;
+	case REQ_OP_FLUSH:
+		this_cpu_inc(stats->flushes);
+		break;
+	case REQ_OP_DISCARD:
+		this_cpu_inc(stats->discards);
+		break;
+	case REQ_OP_WRITE_ZEROES:
+		this_cpu_inc(stats->zeroes);
+		break;
+	default:
+		break;
+	}
+}
 
 static blk_status_t qcow_queue_rq(struct blk_mq_hw_ctx *hctx,
 				  const struct blk_mq_queue_data *bd)
@@ -762,19 +919,12 @@ static blk_status_t qcow_queue_rq(struct blk_mq_hw_ctx *hctx,
 	req->gated = false;
 	req->blkcg = NULL;
 	req->memcg = NULL;
-#ifdef CONFIG_BLK_CGROUP
-	if (rq->bio) {
-		req->blkcg = bio_blkcg_css(rq->bio);
-#ifdef CONFIG_MEMCG
-		if (req->blkcg)
-			req->memcg = cgroup_get_e_css(req->blkcg->cgroup,
-						      &memory_cgrp_subsys);
-#endif
-	}
-#endif
-	if (req->dev->read_only || req_op(rq) == REQ_OP_READ ||
-	    req_op(rq) == REQ_OP_FLUSH || qcow_gate_enter(req))
-		queue_work(req->dev->wq, &req->work);
+	qcow_request_count(req);
+	if (!req->dev->read_only && req_op(rq) != REQ_OP_READ &&
+	    req_op(rq) != REQ_OP_FLUSH && !qcow_gate_enter(req))
+		return BLK_STS_OK;
+	if (!qcow_request_inline(req))
+		qcow_request_queue(req);
 	return BLK_STS_OK;
 }
 

@@ -280,6 +280,35 @@ static struct qcow_block *qcow_block_lookup(struct qcow_image *image,
 	return block;
 }
 
+static void qcow_block_used(struct qcow_block *block)
+{
+	if (!test_bit(QCOW_BLOCK_REFERENCED, &block->state))
+		set_bit(QCOW_BLOCK_REFERENCED, &block->state);
+	this_cpu_inc(block->cache->stats->hits);
+}
+
+/**
+ * qcow_block_peek - a block of a table, if it is in memory
+ * @image: whose table
+ * @host_offset: of the block, bytes, a multiple of the image's block size
+ *
+ * Context: an RCU read section, in which the block stays.
+ *
+ * Return: the block, without a pin, or NULL.
+ */
+struct qcow_block *qcow_block_peek(struct qcow_image *image, u64 host_offset)
+{
+	struct qcow_block *block;
+
+	if (!qcow_block_addressable(image, host_offset))
+		return NULL;
+	block = xa_load(&image->blocks, qcow_block_index(image, host_offset));
+	if (!block || !test_bit_acquire(QCOW_BLOCK_UPTODATE, &block->state))
+		return NULL;
+	qcow_block_used(block);
+	return block;
+}
+
 /* Wait until somebody else's read is over. */
 static struct qcow_block *qcow_block_wait(struct qcow_block *block)
 {
@@ -312,12 +341,10 @@ struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset)
 		return ERR_PTR(-EFBIG);
 	block = qcow_block_lookup(image, host_offset);
 	if (likely(block)) {
-		if (!test_bit(QCOW_BLOCK_REFERENCED, &block->state))
-			set_bit(QCOW_BLOCK_REFERENCED, &block->state);
 		if (unlikely(!test_bit_acquire(QCOW_BLOCK_UPTODATE,
 					       &block->state)))
 			return qcow_block_wait(block);
-		this_cpu_inc(cache->stats->hits);
+		qcow_block_used(block);
 		return block;
 	}
 

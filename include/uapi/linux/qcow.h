@@ -72,7 +72,9 @@ struct qcow_layer {
 
 #define QCOW_ATTACH_READ_ONLY	(1U << 0)
 #define QCOW_ATTACH_AUTOCLEAR	(1U << 1)	/* detach after the first use */
-#define QCOW_ATTACH_FLAGS_ALL	(QCOW_ATTACH_READ_ONLY | QCOW_ATTACH_AUTOCLEAR)
+#define QCOW_ATTACH_NO_INLINE	(1U << 2)	/* a worker serves each request */
+#define QCOW_ATTACH_FLAGS_ALL	(QCOW_ATTACH_READ_ONLY | \
+				 QCOW_ATTACH_AUTOCLEAR | QCOW_ATTACH_NO_INLINE)
 
 /**
  * struct qcow_attach - QCOW_CTL_ATTACH: make /dev/qcow@index
@@ -174,6 +176,7 @@ struct qcow_detach {
  *            does not fit
  * @snapshot_size: in: size of that buffer in bytes, or 0
  * @reserved2: 0
+ * @inlined: out: reads and writes that needed no worker
  */
 struct qcow_status {
 	__u32 size;
@@ -202,6 +205,7 @@ struct qcow_status {
 	__u64 snapshot;
 	__u32 snapshot_size;
 	__u32 reserved2;
+	__u64 inlined;
 };
 
 /**

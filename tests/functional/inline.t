@@ -1,0 +1,200 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-only
+# Requests that are served without a worker, in the context of whoever submits them: which ones are, and that it does that task no harm.
+# kernels: all
+# quick: 6.1
+# cpus: 2
+# timeout: 600
+
+# shellcheck source=tests/functional/cells.sh
+. "$(dirname "$0")/cells.sh"
+
+need_driver
+cd "$WORK" || exit
+direct=(xfs_io -d)
+mkdir low mnt
+
+# What udev reads would count.
+rules=/run/udev/rules.d/00-qcow-inline.rules
+EXTRA+=("$rules")
+mkdir -p "${rules%/*}"
+echo 'KERNEL=="qcow*", OPTIONS:="nowatch", ENV{UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG}="1"' \
+	>"$rules"
+udevadm control --reload
+
+# count ATTRIBUTE: of DEV
+count() {
+	cat "/sys/block/${DEV#/dev/}/qcow/$1"
+}
+
+# inlined YES|NO DESC COMMAND...: it works, and its requests are served at once or
+# by workers.
+inlined() {
+	local before
+
+	before=$(($(count inlined)))
+	ok "$2" "${@:3}"
+	if [[ $1 == yes ]]; then
+		ok "$2: without a worker" test "$(count inlined)" -gt "$before"
+	else
+		is "$2: by a worker" "$(count inlined)" "$before"
+	fi
+}
+
+# Which requests
+qemu-img create -q -f qcow2 -o cluster_size=64k image.qcow2 64M
+attach image.qcow2
+inlined no "a write that allocates" "${direct[@]}" -c 'pwrite -q -b 256k -S 1 0 256k' "$DEV"
+inlined yes "an overwrite" "${direct[@]}" -c 'pwrite -q -S 2 4k 8k' "$DEV"
+inlined yes "one over several clusters" "${direct[@]}" -c 'pwrite -q -b 100k -S 3 60k 100k' "$DEV"
+inlined yes "a read" "${direct[@]}" -c 'pread -q 0 4k' "$DEV"
+inlined yes "a read of nothing" "${direct[@]}" -c 'pread -q -b 64k 32M 64k' "$DEV"
+inlined yes "a read through the page cache" dd if="$DEV" of=/dev/null bs=64k count=4 status=none
+inlined no "a read that is partly of nothing" "${direct[@]}" -c 'pread -q -b 128k 192k 128k' "$DEV"
+inlined no "a discard" blkdiscard -o 192k -l 64k "$DEV"
+ok "what was written is there" xfs_io -d -c 'pread -v 0 256k' "$DEV"
+is "and nothing else" "$("${direct[@]}" -c 'pread -v 0 256k' "$DEV" | sed -n \
+	's/^[0-9a-f]*:  \(..\) .*/\1/p' | uniq -c | awk '{ print $2 $1 }' | xargs)" \
+	"01256 02512 013072 036400 012048 004096"
+detach
+check_clean image.qcow2
+
+attach --no-inline image.qcow2
+inlined no "--no-inline: an overwrite" "${direct[@]}" -c 'pwrite -q -S 2 4k 8k' "$DEV"
+inlined no "--no-inline: a read" "${direct[@]}" -c 'pread -q 0 4k' "$DEV"
+detach
+attach --io=buffered image.qcow2
+inlined no "buffered: an overwrite" "${direct[@]}" -c 'pwrite -q -S 2 4k 8k' "$DEV"
+detach
+
+# The table of a backing file, and of the disk, has to be in memory.
+qemu-img create -q -f qcow2 -b image.qcow2 -F qcow2 top.qcow2
+attach --read-only top.qcow2
+ok "read something once" "${direct[@]}" -c 'pread -q 0 4k' "$DEV"
+inlined yes "a read from a backing file" "${direct[@]}" -c 'pread -q 64k 4k' "$DEV"
+is "is right" "$("${direct[@]}" -c 'pread -v 64k 512' "$DEV" | head -c 13)" "00010000:  03"
+detach
+
+# The task
+qemu-img create -q -f qcow2 -o preallocation=metadata image.qcow2 64M
+attach image.qcow2
+ok "fill it" "${direct[@]}" -c 'pwrite -q -b 1M 0 64M' "$DEV"
+# shellcheck disable=SC2016
+inlined no "a limit for the size of files is not for the image" \
+	bash -c 'ulimit -f 8192; exec xfs_io -d -c "pwrite -q -S 5 48M 4k" "$1"' - "$DEV"
+# shellcheck disable=SC2016
+inlined yes "it does not matter for reads" \
+	bash -c 'ulimit -f 1024; exec xfs_io -d -c "pread -q 48M 4k" "$1"' - "$DEV"
+# As many as can be collected, for one queue and for two
+ok "requests that are collected" fio --name=batch --filename="$DEV" --rw=randrw --bs=4k \
+	--direct=1 --ioengine=io_uring --iodepth=32 --iodepth_batch_submit=32 --size=32M \
+	--io_size=16M --verify=crc32c --output=/dev/null
+detach
+
+# A file system that is frozen holds up writes to it, but not reads
+truncate -s 200M low.img
+for fs in ext4 xfs btrfs; do
+	if [[ $fs == ext4 && $TEST_KERNEL == uml ]]; then
+		continue
+	fi
+	modprobe -q $fs
+	if ! grep -qw $fs /proc/filesystems; then
+		continue
+	fi
+	truncate -s 0 low.img
+	truncate -s 400M low.img
+	case $fs in
+	ext4) mkfs.ext4 -q low.img ;;
+	*) mkfs.$fs -q -f low.img ;;
+	esac
+	new_loop low.img
+	mount "$LOOP" low || continue
+	qemu-img create -q -f qcow2 -o preallocation=metadata low/image.qcow2 64M
+	attach low/image.qcow2
+	ok "$fs: fill it" "${direct[@]}" -c 'pwrite -q -b 1M 0 64M' -c fsync "$DEV"
+	fsfreeze -f low
+	"${direct[@]}" -c 'pwrite -q -S 7 0 4k' "$DEV" &
+	writer=$!
+	ok "$fs is frozen: a read is served" "${direct[@]}" -c 'pread -q 1M 4k' "$DEV"
+	sleep 0.5
+	ok "$fs is frozen: a write waits" kill -0 $writer
+	fsfreeze -u low
+	wait $writer
+	is "$fs is thawed: it succeeds" $? 0
+	# The file is locked again and again, which those who may not wait cannot have.
+	(
+		trap 'exit 0' TERM
+		while :; do
+			blkdiscard -o 32M -l 16M "$DEV"
+			"${direct[@]}" -c 'pwrite -q -b 1M 32M 16M' "$DEV"
+		done >/dev/null 2>&1
+	) &
+	locker=$!
+	before=$(($(count inlined)))
+	ok "$fs: nothing is lost where one has to wait" fio --name=contended \
+		--filename="$DEV" --rw=randrw --bs=4k --direct=1 --ioengine=io_uring \
+		--iodepth=16 --size=32M --io_size=16M --verify=crc32c --output=/dev/null
+	kill $locker
+	wait $locker
+	if [[ $fs != btrfs ]]; then
+		ok "$fs: but some need not" test "$(count inlined)" -gt "$before"
+	fi
+	detach
+	check_clean low/image.qcow2 "$fs"
+	umount low
+	losetup -d "$LOOP"
+	unset 'LOOPS[-1]'
+done
+
+# One device on another, with the same file system on both
+truncate -s 0 image.qcow2
+qemu-img create -q -f qcow2 image.qcow2 1G
+attach image.qcow2
+outer=$DEV
+for fs in ext4 xfs; do
+	modprobe -q $fs
+	grep -qw $fs /proc/filesystems || continue
+	"mkfs.$fs" -q "$([[ $fs == ext4 ]] && echo -F || echo -f)" "$outer"
+	mount "$outer" low
+	qemu-img create -q -f qcow2 -o preallocation=metadata low/inner.qcow2 400M
+	attach low/inner.qcow2
+	"mkfs.$fs" -q "$DEV"
+	mount "$DEV" mnt
+	ok "$fs on $fs: files" fio --name=files --directory=mnt --rw=randrw --bs=4k \
+		--ioengine=io_uring --iodepth=8 --size=32M --direct=1 --verify=crc32c \
+		--fsync=64 --output=/dev/null
+	ok "$fs on $fs: files, through the page cache" fio --name=cached --directory=mnt \
+		--rw=randwrite --bs=16k --size=64M --verify=crc32c --end_fsync=1 \
+		--output=/dev/null
+	ok "$fs on $fs: some of it without workers" test "$(count inlined)" -gt 0
+	umount mnt
+	detach
+	check_clean low/inner.qcow2 "$fs on $fs"
+	umount low
+done
+detach "$outer"
+check_clean image.qcow2
+
+# Whose cgroup it is charged to
+if grep -qw io /sys/fs/cgroup/cgroup.controllers 2>/dev/null; then
+	new_loop low.img --direct-io=on
+	number=$(lsblk -dno MAJ:MIN "$LOOP" | tr -d ' ')
+	qemu-img create -q -f qcow2 -o preallocation=metadata "$LOOP" 64M
+	attach "$LOOP"
+	ok "fill it" "${direct[@]}" -c 'pwrite -q -b 1M 0 64M' "$DEV"
+	echo +io >/sys/fs/cgroup/cgroup.subtree_control
+	mkdir /sys/fs/cgroup/inline
+	# shellcheck disable=SC2016 # for that shell to expand
+	inlined yes "in a cgroup: an overwrite" bash -c 'echo $$ >/sys/fs/cgroup/inline/cgroup.procs
+		exec xfs_io -d -c "pwrite -q -b 64k 0 1M" "$1"' - "$DEV"
+	like "it is charged with what reaches the device below" \
+		"$(grep "^$number " /sys/fs/cgroup/inline/io.stat)" 'wbytes=1048576 '
+	rmdir /sys/fs/cgroup/inline
+	detach
+else
+	skip "what a cgroup is charged with" "no io controller"
+fi
+rm "$rules"
+udevadm control --reload
+no_kernel_report
+done_testing
