@@ -26,6 +26,9 @@ help:
 	@echo '  kunit      unit tests of the driver'
 	@echo '  coverage   which lines of the driver the tests execute'
 	@echo '  soak       the tests that take hours'
+	@echo '  bench      what requests cost, in virtual machines that count instructions;'
+	@echo '             DEV=/dev/X or IMAGE=FILE on this machine, which is then only read,'
+	@echo '             or with WRITE=1 overwritten'
 	@echo '  demo       a Debian root file system on a qcow2 overlay, worked in'
 	@echo '  guest-shell  a shell in a virtual machine with the driver (K=kernel)'
 
@@ -70,6 +73,11 @@ soak:
 	tests/setup
 	QCOW_SOAK=1 tests/run -k 6.1 -k debug
 
+bench:
+	$(if $(DEV)$(IMAGE),,tests/setup)
+	tests/bench/run $(if $(DEV),-d $(DEV)) $(if $(IMAGE),-i $(IMAGE)) \
+		$(if $(WRITE),-w)
+
 demo:
 	tests/setup
 	tests/demo
@@ -78,5 +86,5 @@ guest-shell:
 	tests/setup
 	tests/guest/run $(if $(K),-k $(K))
 
-.PHONY: all help headers module tool install clean test check kunit coverage \
+.PHONY: all help headers module tool install clean test check kunit coverage bench \
 	soak demo guest-shell

@@ -95,6 +95,20 @@ static struct guest *guest_create(struct qcow_test_disk *disk, u64 size,
 	return guest;
 }
 
+/* Put a layer that has nothing below the image: resolve.c is for such chains. */
+static void guest_lengthen_chain(struct guest *guest, u32 cluster_bits)
+{
+	struct qcow_test_spec spec = {
+		.cluster_bits = cluster_bits, .size = guest->sectors * SECTOR,
+	};
+	struct qcow_test_disk *disk = qcow_test_disk_create(guest->test, &spec);
+	struct qcow_image *between;
+
+	between = qcow_test_image_open(qcow_test_file_create(disk), false);
+	guest->chain = qcow_test_chain(guest->test, guest->chain->layers[0],
+				       between, guest->chain->layers[1]);
+}
+
 static void guest_knows(struct guest *guest, u64 offset, u64 length, u32 seed)
 {
 	u64 i;
@@ -1090,6 +1104,7 @@ struct random_case {
 	bool packed;
 	u64 compatible;
 	bool compress;
+	u32 between_bits;	/* clusters of a layer below that has nothing, or 0 */
 };
 
 static const struct random_case random_cases[] = {
@@ -1124,6 +1139,12 @@ static const struct random_case random_cases[] = {
 	{ "written compressed by zstd, subclusters, snapshot", 3, 14, 64,
 	  SZ_256K - SECTOR, 0, true, 300,
 	  EXTENDED | QCOW_INCOMPAT_COMPRESSION, true, 0, true },
+	{ "long chain, 4 KiB clusters, snapshot", 3, 12, 16, SZ_256K,
+	  SZ_128K + 512, true, 400, 0, false, 0, false, 9 },
+	{ "long chain, subclusters", 3, 14, 16, SZ_256K - SECTOR, SZ_256K,
+	  false, 400, EXTENDED, false, 0, false, 16 },
+	{ "long chain, written compressed, 512 B clusters", 3, 9, 16, SZ_128K,
+	  SZ_64K + 512, false, 400, 0, true, 0, true, 12 },
 };
 
 static void random_desc(const struct random_case *c, char *desc)
@@ -1166,6 +1187,8 @@ static struct guest *random_guest(struct kunit *test,
 	if (c->snapshot)
 		qcow_test_disk_snapshot(disk);
 	guest = guest_create(disk, c->size, c->below);
+	if (c->between_bits)
+		guest_lengthen_chain(guest, c->between_bits);
 	random_compress(guest, c);
 	return guest;
 }

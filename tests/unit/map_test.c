@@ -560,7 +560,7 @@ static void a_chain_reads_as_its_layers_say(struct kunit *test)
 	struct qcow_chain *chain;
 	u8 *buf = kunit_kzalloc(test, BUF_BYTES, GFP_KERNEL);
 	u64 at, step, sector;
-	u32 i, seen = 0;
+	u32 i, pass, seen = 0;
 
 	KUNIT_ASSERT_NOT_NULL(test, buf);
 	for (i = 0; i < 3; i++)
@@ -568,8 +568,12 @@ static void a_chain_reads_as_its_layers_say(struct kunit *test)
 						 false);
 	chain = qcow_test_chain(test, images[0], images[1], images[2]);
 
-	/* In steps that are no multiple of anything. */
-	for (at = 0; at < SZ_1M; at += step) {
+	/* In steps that are no multiple of anything; and again, from what is kept. */
+	for (pass = at = 0; pass < 2; at += step) {
+		if (at == SZ_1M) {
+			at = 0;
+			pass++;
+		}
 		step = min_t(u64, SZ_1M - at, 512 * (1 + (at >> 9) % 113));
 		memset(buf, 0x5a, step);
 		KUNIT_ASSERT_EQ(test, qcow_chain_read(chain, at, step, buf), 0);
@@ -654,18 +658,18 @@ static void what_is_in_memory_is_mapped_without_reading(struct kunit *test)
 	qcow_cache_drop_all(chain->layers[1]);
 	top_file->read_budget = 0;
 	below_file->read_budget = 0;
-	KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, false, 0, 512, &cached),
+	KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, 0, 512, &cached),
 			-EAGAIN);
 
 	/* What the top layer has, but not what is below. */
 	top_file->read_budget = -1;
 	KUNIT_ASSERT_EQ(test, qcow_map(chain, 0, 0, 512, &extent), 0);
 	top_file->read_budget = 0;
-	KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, false, 0, 512, &cached), 0);
-	KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, false, SZ_64K, 512,
+	KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, 0, 512, &cached), 0);
+	KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, SZ_64K, 512,
 					      &cached), -EAGAIN);
-	KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, true, SZ_64K, 512,
-					      &cached), 0);
+	KUNIT_EXPECT_EQ(test, qcow_map_layer_cached(chain->layers[0], SZ_64K,
+						    512, &cached), 0);
 	KUNIT_EXPECT_EQ(test, cached.type, QCOW_EXTENT_UNALLOCATED);
 
 	/* All of it, and damage. */
@@ -674,15 +678,14 @@ static void what_is_in_memory_is_mapped_without_reading(struct kunit *test)
 	below_file->read_budget = 0;
 	for (offset = 0; offset < SZ_1M; offset += cached.length) {
 		if (offset == 3 * SZ_64K) {
-			KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, false,
-							      offset, 512,
+			KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, offset, 512,
 							      &cached), -EIO);
 			cached.length = SZ_64K;
 			continue;
 		}
 		KUNIT_ASSERT_EQ(test, qcow_map(chain, 0, offset, SZ_1M - offset,
 					       &extent), 0);
-		KUNIT_ASSERT_EQ(test, qcow_map_cached(chain, false, offset,
+		KUNIT_ASSERT_EQ(test, qcow_map_cached(chain, offset,
 						      SZ_1M - offset, &cached),
 				0);
 		KUNIT_EXPECT_EQ(test, cached.type, extent.type);
@@ -690,6 +693,161 @@ static void what_is_in_memory_is_mapped_without_reading(struct kunit *test)
 		KUNIT_EXPECT_EQ(test, cached.host_offset, extent.host_offset);
 		KUNIT_EXPECT_EQ(test, cached.length, extent.length);
 	}
+}
+
+static void expect_remembered(struct kunit *test, struct qcow_chain *chain,
+			      u64 guest_offset, u64 length)
+{
+	struct qcow_extent walked, kept, below;
+	u32 i;
+
+	KUNIT_ASSERT_EQ(test, qcow_map(chain, 0, guest_offset, length, &walked),
+			0);
+	/* Without a look at what is below. */
+	for (i = 1; i < chain->depth; i++)
+		qcow_cache_drop_all(chain->layers[i]);
+	KUNIT_ASSERT_EQ_MSG(test, qcow_map_cached(chain, guest_offset, length,
+						  &kept),
+			    0, "at 0x%llx", guest_offset);
+	KUNIT_EXPECT_EQ(test, kept.type, walked.type);
+	KUNIT_EXPECT_EQ(test, kept.length, walked.length);
+	if (kept.type != QCOW_EXTENT_ZERO)
+		KUNIT_EXPECT_PTR_EQ(test, kept.image, walked.image);
+	if (kept.type == QCOW_EXTENT_DATA)
+		KUNIT_EXPECT_EQ(test, kept.host_offset, walked.host_offset);
+	/* And as copy on write looks at it. */
+	KUNIT_ASSERT_EQ(test, qcow_map(chain, 1, guest_offset, length, &below),
+			0);
+	KUNIT_EXPECT_EQ(test, below.type, walked.type);
+	KUNIT_EXPECT_EQ(test, below.length, walked.length);
+}
+
+static void a_long_chain_is_walked_once(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .cluster_bits = 9, .size = SZ_128K + 512 };
+	struct qcow_test_disk *top = qcow_test_disk_create(test, &spec);
+	struct qcow_test_disk *below = qcow_test_disk_create(test, &spec);
+	struct qcow_test_file *top_file;
+	struct qcow_image *top_image;
+	struct qcow_chain *chain;
+	struct qcow_extent extent;
+	u64 offset, host;
+
+	/* An L2 table is for 32 KiB: there is one for the first of them. */
+	qcow_test_disk_add_data(top, 0, 1);
+	host = qcow_test_disk_add_data(below, 512, 2);
+	KUNIT_ASSERT_EQ(test, qcow_test_disk_add_data(below, 1024, 2),
+			host + 512);
+	qcow_test_disk_map(below, 2048, QCOW_OFLAG_ZERO);
+	qcow_test_disk_add_data(below, SZ_64K, 2);
+	top_file = qcow_test_file_create(top);
+	top_image = qcow_test_image_open(top_file, false);
+	chain = qcow_test_chain(test, top_image,
+				qcow_test_image_open(qcow_test_file_create(below),
+						     false),
+				qcow_test_raw_open(qcow_test_raw_create(test,
+									SZ_128K,
+									3)));
+	for (offset = 512; offset < spec.size; offset += 512)
+		expect_remembered(test, chain, offset, 512);
+	/* As one run, where it is one, and no more than that. */
+	KUNIT_ASSERT_EQ(test, qcow_map_cached(chain, 512, SZ_64K, &extent), 0);
+	KUNIT_EXPECT_EQ(test, extent.type, QCOW_EXTENT_DATA);
+	KUNIT_EXPECT_PTR_EQ(test, extent.image, chain->layers[1]);
+	KUNIT_EXPECT_EQ(test, extent.host_offset, host);
+	KUNIT_EXPECT_EQ(test, extent.length, 1024);
+	KUNIT_ASSERT_EQ(test, qcow_map_cached(chain, SZ_64K + 512, SZ_64K,
+					      &extent), 0);
+	KUNIT_EXPECT_PTR_EQ(test, extent.image, chain->layers[2]);
+	KUNIT_EXPECT_EQ(test, extent.host_offset, SZ_64K + 512);
+	KUNIT_EXPECT_EQ(test, extent.length, SZ_32K - 512);
+	KUNIT_ASSERT_EQ(test, qcow_map_cached(chain, 2048, 512, &extent), 0);
+	KUNIT_EXPECT_EQ(test, extent.type, QCOW_EXTENT_ZERO);
+	KUNIT_EXPECT_PTR_EQ(test, extent.image, chain->layers[1]);
+
+	/* To itself the layer has nothing there. */
+	for (offset = 512; offset < spec.size; offset += 512) {
+		KUNIT_ASSERT_EQ(test, qcow_map_layer(top_image, offset, 512,
+						     &extent), 0);
+		KUNIT_EXPECT_EQ(test, extent.type, QCOW_EXTENT_UNALLOCATED);
+	}
+}
+
+/* Of three layers that have nothing, each cluster, and one of which two have a part. */
+static void what_nobody_has_is_remembered_too(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .cluster_bits = 12, .size = SZ_128K };
+	struct qcow_test_spec small = { .cluster_bits = 9, .size = SZ_128K };
+	struct qcow_test_disk *top = qcow_test_disk_create(test, &spec);
+	struct qcow_test_disk *below = qcow_test_disk_create(test, &small);
+	struct qcow_test_disk *bottom = qcow_test_disk_create(test, &small);
+	struct qcow_extent extent;
+	struct qcow_chain *chain;
+	u64 at;
+
+	qcow_test_disk_add_data(below, SZ_8K, 2);
+	qcow_test_disk_add_data(bottom, SZ_8K + 512, 3);
+	chain = qcow_test_chain(test,
+				qcow_test_image_open(qcow_test_file_create(top),
+						     false),
+				qcow_test_image_open(qcow_test_file_create(below),
+						     false),
+				qcow_test_image_open(qcow_test_file_create(bottom),
+						     false));
+	for (at = 0; at < SZ_128K; at += SZ_4K) {
+		if (at == SZ_8K)
+			continue;
+		KUNIT_ASSERT_EQ(test, qcow_map(chain, 0, at, SZ_4K, &extent), 0);
+		KUNIT_ASSERT_EQ(test, qcow_map_cached(chain, at, SZ_4K, &extent),
+				0);
+		KUNIT_EXPECT_EQ(test, extent.type, QCOW_EXTENT_ZERO);
+		KUNIT_EXPECT_PTR_EQ(test, extent.image, chain->layers[2]);
+		KUNIT_EXPECT_EQ(test, extent.length, SZ_4K);
+	}
+	for (at = SZ_8K; at < SZ_8K + SZ_4K; at += 512) {
+		enum qcow_extent_type type = at < SZ_8K + 1024 ?
+			QCOW_EXTENT_DATA : QCOW_EXTENT_ZERO;
+
+		KUNIT_ASSERT_EQ(test, qcow_map(chain, 0, at, 512, &extent), 0);
+		KUNIT_EXPECT_EQ(test, extent.type, type);
+		KUNIT_ASSERT_EQ(test, qcow_map_cached(chain, at, 512, &extent), 0);
+		KUNIT_EXPECT_EQ(test, extent.type, type);
+		if (at == SZ_8K)
+			KUNIT_EXPECT_PTR_EQ(test, extent.image,
+					    chain->layers[1]);
+		if (at == SZ_8K + 512)
+			KUNIT_EXPECT_PTR_EQ(test, extent.image,
+					    chain->layers[2]);
+	}
+}
+
+/* What resolve.c would write into memory is not believed if it is in the file. */
+static void a_resolution_in_the_file_is_damage(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .size = SZ_1M };
+	struct qcow_test_disk *top = qcow_test_disk_create(test, &spec);
+	struct qcow_test_disk *below = qcow_test_disk_create(test, &spec);
+	struct qcow_extent extent;
+	struct qcow_chain *chain;
+
+	qcow_test_disk_map(top, 0, QCOW_L2_RESOLVED | DATA_AT);
+	qcow_test_disk_map(top, SZ_64K, QCOW_L2_RESOLVED | BIT(2) | DATA_AT);
+	chain = qcow_test_chain(test,
+				qcow_test_image_open(qcow_test_file_create(top),
+						     false),
+				qcow_test_image_open(qcow_test_file_create(below),
+						     false),
+				qcow_test_raw_open(qcow_test_raw_create(test,
+									SZ_1M,
+									3)));
+	KUNIT_ASSERT_EQ(test, qcow_map(chain, 0, 2 * SZ_64K, 512, &extent), 0);
+	KUNIT_EXPECT_PTR_EQ(test, extent.image, chain->layers[2]);
+	KUNIT_EXPECT_EQ(test, qcow_map(chain, 0, 0, 512, &extent), -EIO);
+	KUNIT_EXPECT_EQ(test, qcow_map(chain, 0, SZ_64K, 512, &extent), -EIO);
+	KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, SZ_64K, 512, &extent), -EIO);
+	/* So nothing is remembered in its neighbours either. */
+	KUNIT_EXPECT_EQ(test, qcow_map_cached(chain, 2 * SZ_64K, 512, &extent),
+			-EAGAIN);
 }
 
 static void a_broken_backing_file_is_an_error(struct kunit *test)
@@ -756,6 +914,9 @@ static struct kunit_case map_test_cases[] = {
 	KUNIT_CASE_PARAM(a_chain_reads_as_its_layers_say, chain_gen_params),
 	KUNIT_CASE(extents_of_a_chain_name_their_layer),
 	KUNIT_CASE(what_is_in_memory_is_mapped_without_reading),
+	KUNIT_CASE(a_long_chain_is_walked_once),
+	KUNIT_CASE(what_nobody_has_is_remembered_too),
+	KUNIT_CASE(a_resolution_in_the_file_is_damage),
 	KUNIT_CASE(a_broken_backing_file_is_an_error),
 	KUNIT_CASE(a_table_that_could_not_be_read_is_read_again),
 	{}

@@ -571,6 +571,37 @@ static int qcow_fill_prepare(struct qcow_chain *chain, u64 guest_offset,
 	return err;
 }
 
+/*
+ * Head and tail of a short piece of data in one read, and what is between them with
+ * it, if they lie in one run. True if that was done.
+ */
+static bool qcow_fill_around(struct qcow_chain *chain, struct qcow_write *write,
+			     u64 guest_offset, u32 head, u32 tail)
+{
+	u64 length = head + write->length + tail;
+	struct qcow_extent extent;
+	void *buf;
+
+	if (!head || !tail || write->length > QCOW_FILL_GAP ||
+	    length > QCOW_MERGE_FILL ||
+	    qcow_map(chain, 0, guest_offset - head, length, &extent) ||
+	    extent.type != QCOW_EXTENT_DATA || extent.length < length)
+		return false;
+	buf = kmalloc(length, GFP_NOIO | __GFP_NORETRY | __GFP_NOWARN);
+	if (!buf)
+		return false;
+	if (qcow_chain_read(chain, guest_offset - head, length, buf)) {
+		kfree(buf);
+		return false;
+	}
+	write->head.length = head;
+	write->head.copy = buf;
+	write->tail.length = tail;
+	write->tail.copy = buf + head + write->length;
+	write->around = true;
+	return true;
+}
+
 /* Take new clusters, fewer than wanted if need be, and note what they replace. */
 static int qcow_write_allocate(struct qcow_image *image,
 			       struct qcow_write *write, bool *zeroed)
@@ -669,6 +700,8 @@ int qcow_write_begin(struct qcow_chain *chain, u64 guest_offset, u64 length,
 	if (err)
 		goto out_end;
 
+	if (qcow_fill_around(chain, write, guest_offset, head, tail))
+		return 0;
 	host = write->host_offset + write->data_offset;
 	err = qcow_fill_prepare(chain, guest_offset - head, head, host - head,
 				zeroed, &write->head) ?:
@@ -714,7 +747,8 @@ void qcow_write_end(struct qcow_write *write, int error)
 	if (write->abort)
 		qcow_free_discard(image, write->abort);
 	kfree(write->head.copy);
-	kfree(write->tail.copy);
+	if (!write->around)
+		kfree(write->tail.copy);
 }
 
 /**

@@ -134,8 +134,7 @@ static void qcow_take_dirty(struct qcow_image *image, enum qcow_block_kind kind,
 		block->written = false;
 		image->nr_dirty--;
 		if (kind == QCOW_BLOCK_LINK)
-			memcpy(block->shadow, block->data,
-			       qcow_block_size(image));
+			qcow_block_copy_locked(block, block->shadow);
 		list_add_tail(&block->writing_node, list);
 		/* The block that follows may change before it is its turn. */
 		spin_unlock_irq(&image->lock);

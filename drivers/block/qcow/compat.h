@@ -241,6 +241,32 @@ static inline unsigned int qcow_bio_skip(const struct bio *bio)
 }
 
 /*
+ * Requests that a plug has taken in advance, all of one queue. 6.13 has given the
+ * list a type and a new name, as have late releases of 6.12.
+ */
+static inline struct request *qcow_plug_cached(struct blk_plug *plug)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0)
+	return rq_list_peek(&plug->cached_rqs);
+#else
+	return plug->cached_rq;
+#endif
+}
+
+/*
+ * 6.9: a plug may know the time, and then a flag of the task has the scheduler look
+ * at its plug.
+ */
+static inline void qcow_plug_forget_time(void)
+{
+#ifdef PF_BLOCK_TS
+	if (current->plug)
+		current->plug->cur_ktime = 0;
+	current->flags &= ~PF_BLOCK_TS;
+#endif
+}
+
+/*
  * 6.7: a mapping knows whether its pages must not change during writeback.
  * Btrfs checksums without saying so in older kernels.
  */

@@ -464,6 +464,8 @@ static int qcow_device_open_chain(struct qcow_device *dev,
 			.format = layers[i].format,
 			.io_mode = args->io_mode,
 			.writable = !i && !dev->read_only,
+			/* What is kept in its tables is about this chain. */
+			.alone = !i && dev->nr_layers > 2,
 		};
 
 		err = fatal_signal_pending(current) ? -EINTR :
@@ -561,8 +563,10 @@ static int qcow_device_alloc_disk(struct qcow_device *dev)
 		min(num_online_cpus(), QCOW_MAX_HW_QUEUES);
 	dev->tag_set.queue_depth = QCOW_QUEUE_DEPTH;
 	dev->tag_set.numa_node = NUMA_NO_NODE;
+	dev->tag_set.flags = QCOW_TAG_SET_FLAGS;
 	/* What queue_rq() starts below may wait: see inline.c. */
-	dev->tag_set.flags = QCOW_TAG_SET_FLAGS | BLK_MQ_F_BLOCKING;
+	if (!dev->no_inline)
+		dev->tag_set.flags |= BLK_MQ_F_BLOCKING;
 	dev->tag_set.cmd_size = qcow_request_size();
 	dev->tag_set.driver_data = dev;
 	err = blk_mq_alloc_tag_set(&dev->tag_set);

@@ -61,6 +61,9 @@ struct qcow_device_stats {
  * @discard: QCOW_DISCARD_*
  * @read_only: the device refuses writes
  * @no_inline: each request is for a worker
+ * @inline_skip: after how many writes the next one is tried without a worker, since
+ *	the last ones were in vain
+ * @inline_left: how many of those are still to come
  * @autoclear: to be detached by the last close behind its first use
  * @added: the attach is over, but for its return; set under disk->open_mutex and
  *	qcow_devices_mutex
@@ -96,6 +99,8 @@ struct qcow_device {
 	u32 discard;
 	bool read_only;
 	bool no_inline;
+	unsigned int inline_skip;
+	unsigned int inline_left;
 	bool autoclear;
 	bool added;
 	bool claimed;
@@ -125,11 +130,15 @@ void qcow_gate_open(struct qcow_device *dev);
  * @bio_list: bios that it submits
  * @plug: requests that it collects
  * @scope: from qcow_io_scope_enter()
+ * @read_bytes: what it is known to have read
+ * @write_bytes: and written
  */
 struct qcow_inline {
 	struct bio_list *bio_list;
 	struct blk_plug *plug;
 	unsigned int scope;
+	u64 read_bytes;
+	u64 write_bytes;
 };
 
 bool qcow_inline_enter(struct request *rq, struct qcow_inline *saved);

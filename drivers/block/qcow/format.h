@@ -141,6 +141,8 @@ struct qcow_disk_snapshot_extra {
  */
 #define QCOW_L2_OFFSET_MASK		0x00fffffffffffe00ULL
 #define QCOW_L2_RESERVED_MASK		0x3f000000000001feULL
+/* Reserved, but for compressed clusters; never on disk: see resolve.c */
+#define QCOW_L2_RESOLVED		BIT_ULL(1)
 
 /*
  * The descriptor of a compressed cluster is another one: the byte where it begins

@@ -353,6 +353,7 @@ static struct qcow_image *qcow_image_alloc(u32 format, bool writable,
 	image->format = format;
 	image->writable = writable;
 	xa_init(&image->blocks);
+	xa_init(&image->virtual_blocks);
 	xa_init(&image->metadata);
 	spin_lock_init(&image->lock);
 	INIT_LIST_HEAD(&image->registry);
@@ -413,13 +414,14 @@ qcow_image_find(const struct qcow_image_source *source, struct qcow_message *msg
 		}
 		if (qcow_same_file(image->file.file, source->file) &&
 		    qcow_same_file(image->data.file, source->data) &&
+		    !image->alone &&
 		    !strcmp(image->snapshot ?: "", source->snapshot ?: "") &&
 		    image->format == source->format &&
 		    (source->io_mode == QCOW_IO_AUTO ||
 		     image->file.direct == direct))
 			found = image;
 	}
-	return found;
+	return source->alone ? NULL : found;
 }
 
 /* The external data file, if the image has one. */
@@ -490,6 +492,7 @@ int qcow_image_open(const struct qcow_image_source *source,
 		err = -ENOMEM;
 		goto out_unlock;
 	}
+	image->alone = source->alone;
 	err = qcow_file_init(&image->file, source->file, source->writable,
 			     source->io_mode, msg);
 	if (err)

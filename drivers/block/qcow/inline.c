@@ -11,35 +11,49 @@
  *
  *  - What it has collected (bio_list, plug) is set aside, so that what is submitted
  *    below goes out at once. Otherwise a wait below would be for a bio that sits in
- *    a list of the one who waits. Nothing below depends on what is set aside, as
- *    that is for the same queue; where it is not, or not known, a worker does it.
+ *    a list of the one who waits. Who sleeps would send off what is in its plug, and
+ *    that does not happen here; so nothing below may depend on it. It does not where
+ *    all is for the queue of the request; where it is not, or not known (unplug
+ *    callbacks, requests that were taken in advance), a worker does it.
  *  - Who is in a transaction (journal_info) must not start another one. And who
- *    frees memory (PF_MEMALLOC) or writes out tables (REQ_META) may hold locks whose
- *    like, in another file system of the same type, are taken below: for lockdep
- *    and for the depth of the stack these go to a worker.
+ *    frees memory (PF_MEMALLOC) or looks at tables of a file system (REQ_META, or
+ *    what is in the page cache of the device) may hold locks whose like, in another
+ *    file system of the same type, are taken below: for lockdep and for the depth of
+ *    the stack these go to a worker. An I/O scheduler has anybody do that for others.
  *  - Memory is allocated as in a worker (qcow_io_scope_enter), and a task that is in
  *    that scope is below another device of this driver, or of loop, which has the same
  *    reason not to go deeper. Half of the stack must be left.
  *  - The limit for the size of files would be applied to the submitter, with a
  *    signal; and so would the I/O limits of its cgroup, which may not be the one that
  *    the request belongs to. Kernel threads, which act for others, are not served here.
+ *    What the task has read and written is not counted again.
  *  - The file may be frozen: then a worker waits for that (file_io.c).
+ *
+ * While it is in queue_rq(), the task is in an SRCU read section of the tag set. Only
+ * who has frozen the queue waits for that, and the queue is frozen only when all
+ * requests are done; lockdep does not know it.
  */
 #include <linux/bio.h>
 #include <linux/blk-cgroup.h>
 #include <linux/blk-mq.h>
 #include <linux/cgroup.h>
+#include <linux/pagemap.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/task_stack.h>
+#include <linux/sizes.h>
 
 #include "device.h"
 #include "qcow.h"
+
+/* A file system, its journal and the block layer: 32-bit stacks are too small. */
+#define QCOW_INLINE_STACK	max_t(unsigned long, THREAD_SIZE / 2, 6 * SZ_1K)
 
 static bool qcow_stack_is_low(void)
 {
 	unsigned long end = (unsigned long)end_of_stack(current);
 
-	return (unsigned long)__builtin_frame_address(0) - end < THREAD_SIZE / 2;
+	return (unsigned long)__builtin_frame_address(0) - end <
+	       QCOW_INLINE_STACK;
 }
 
 /* Has the task collected something that is not for the queue of @rq? */
@@ -47,12 +61,37 @@ static bool qcow_collects(const struct request *rq)
 {
 	struct bio_list *bios = current->bio_list;
 	struct blk_plug *plug = current->plug;
-	struct request *first;
+	struct request *first, *cached;
 
 	if (bios && !(bio_list_empty(&bios[0]) && bio_list_empty(&bios[1])))
 		return true;
-	first = plug ? rq_list_peek(&plug->mq_list) : NULL;
-	return first && (plug->multiple_queues || first->q != rq->q);
+	if (!plug)
+		return false;
+	first = rq_list_peek(&plug->mq_list);
+	cached = qcow_plug_cached(plug);
+	return (first && (plug->multiple_queues || first->q != rq->q)) ||
+	       (cached && cached->q != rq->q) || !list_empty(&plug->cb_list);
+}
+
+/*
+ * May whoever submits a read hold locks of a file system? Those are held for tables:
+ * REQ_META says so, but not every time. What is read ahead is not waited for.
+ */
+static bool qcow_is_for_tables(const struct request *rq)
+{
+	struct address_space *mapping;
+	bool found;
+
+	if (rq->cmd_flags & REQ_META)
+		return true;
+	if (req_op(rq) != REQ_OP_READ || rq->cmd_flags & REQ_RAHEAD)
+		return false;
+	rcu_read_lock();
+	mapping = folio_mapping(page_folio(bio_page(rq->bio)));
+	/* That of pages to be swapped belongs to no inode. */
+	found = mapping && mapping->host && S_ISBLK(mapping->host->i_mode);
+	rcu_read_unlock();
+	return found;
 }
 
 /* Is what the request costs to be charged to the current task? */
@@ -82,16 +121,22 @@ static bool qcow_is_charged(struct request *rq)
  */
 bool qcow_inline_enter(struct request *rq, struct qcow_inline *saved)
 {
-	if (rq->cmd_flags & REQ_META || current->journal_info ||
+	if (rq->q->elevator || current->journal_info ||
 	    current->flags & (PF_KTHREAD | PF_MEMALLOC | PF_LOCAL_THROTTLE) ||
 	    (req_op(rq) == REQ_OP_WRITE &&
 	     rlimit(RLIMIT_FSIZE) != RLIM_INFINITY) ||
-	    qcow_collects(rq) || qcow_stack_is_low() || !qcow_is_charged(rq))
+	    qcow_collects(rq) || qcow_is_for_tables(rq) ||
+	    qcow_stack_is_low() || !qcow_is_charged(rq))
 		return false;
 	saved->bio_list = current->bio_list;
 	saved->plug = current->plug;
+	qcow_plug_forget_time();
 	current->bio_list = NULL;
 	current->plug = NULL;
+#ifdef CONFIG_TASK_IO_ACCOUNTING
+	saved->read_bytes = current->ioac.read_bytes;
+	saved->write_bytes = current->ioac.write_bytes;
+#endif
 	saved->scope = qcow_io_scope_enter();
 	return true;
 }
@@ -103,6 +148,10 @@ bool qcow_inline_enter(struct request *rq, struct qcow_inline *saved)
 void qcow_inline_exit(const struct qcow_inline *saved)
 {
 	qcow_io_scope_exit(saved->scope);
+#ifdef CONFIG_TASK_IO_ACCOUNTING
+	current->ioac.read_bytes = saved->read_bytes;
+	current->ioac.write_bytes = saved->write_bytes;
+#endif
 	current->plug = saved->plug;
 	current->bio_list = saved->bio_list;
 }

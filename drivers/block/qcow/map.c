@@ -54,15 +54,16 @@ static void qcow_l2_get(const struct qcow_image *image, const __be64 *words,
 }
 
 /**
- * qcow_l2_load - an entry of an L2 table
+ * qcow_l2_load_raw - an entry of an L2 table as the cached block has it
  * @image: whose
  * @block: the cached block
  * @index: of the entry in @block
  *
- * Return: the entry as it was at one instant.
+ * Return: the entry as it was at one instant, perhaps a resolution.
  */
-struct qcow_l2_entry qcow_l2_load(struct qcow_image *image,
-				  struct qcow_block *block, unsigned int index)
+struct qcow_l2_entry qcow_l2_load_raw(struct qcow_image *image,
+				      struct qcow_block *block,
+				      unsigned int index)
 {
 	const __be64 *words = block->data;
 	struct qcow_l2_entry entry;
@@ -77,6 +78,24 @@ struct qcow_l2_entry qcow_l2_load(struct qcow_image *image,
 		seq = read_seqcount_begin(&block->seq);
 		qcow_l2_get(image, words, index, &entry);
 	} while (read_seqcount_retry(&block->seq, seq));
+	return entry;
+}
+
+/**
+ * qcow_l2_load - an entry of an L2 table
+ * @image: whose
+ * @block: the cached block
+ * @index: of the entry in @block
+ *
+ * Return: the entry as it was at one instant.
+ */
+struct qcow_l2_entry qcow_l2_load(struct qcow_image *image,
+				  struct qcow_block *block, unsigned int index)
+{
+	struct qcow_l2_entry entry = qcow_l2_load_raw(image, block, index);
+
+	if (unlikely(qcow_is_resolution(block, entry.descriptor)))
+		entry.descriptor = 0;
 	return entry;
 }
 
@@ -224,6 +243,37 @@ static int qcow_l1_lookup(struct qcow_image *image, u64 guest_offset,
 int qcow_l1_entry(struct qcow_image *image, u64 guest_offset, u64 *entry)
 {
 	return qcow_l1_lookup(image, guest_offset, false, entry);
+}
+
+/**
+ * qcow_l2_find - where the L2 entry for a guest offset is, or would be
+ * @image: a qcow2 image
+ * @guest_offset: bytes
+ * @cached: do not sleep; in an RCU read section
+ * @host_offset: out: of the block; one that is virtual where there is no L2 table
+ * @index: out: of the entry in the block
+ *
+ * Return: 0; -EAGAIN if that takes reading a table; -EIO; the errno of a read.
+ */
+int qcow_l2_find(struct qcow_image *image, u64 guest_offset, bool cached,
+		 u64 *host_offset, unsigned int *index)
+{
+	u64 l1_entry, cluster = guest_offset >> image->cluster_bits;
+	unsigned int per_block = qcow_l2_per_block(image);
+	int err;
+
+	err = qcow_l1_lookup(image, guest_offset, cached, &l1_entry);
+	if (err)
+		return err;
+	if (l1_entry) {
+		*host_offset = qcow_l2_locate(image, l1_entry, guest_offset,
+					      index);
+		return 0;
+	}
+	*index = cluster & (per_block - 1);
+	*host_offset = QCOW_BLOCK_VIRTUAL |
+		       (cluster >> ilog2(per_block)) << image->block_bits;
+	return 0;
 }
 
 /**
@@ -451,6 +501,21 @@ static int qcow_map_lookup(struct qcow_image *image, u64 guest_offset,
 	return err;
 }
 
+static int qcow_map_one(struct qcow_image *image, u64 guest_offset, u64 length,
+			bool cached, struct qcow_extent *extent)
+{
+	int err;
+
+	if (!cached)
+		return qcow_map_lookup(image, guest_offset, length, false,
+				       extent);
+	/* What is found stays in memory until it has been looked at. */
+	rcu_read_lock();
+	err = qcow_map_lookup(image, guest_offset, length, true, extent);
+	rcu_read_unlock();
+	return err;
+}
+
 /**
  * qcow_map_layer - what one layer has at a guest offset
  * @image: the layer
@@ -467,7 +532,123 @@ static int qcow_map_lookup(struct qcow_image *image, u64 guest_offset,
 int qcow_map_layer(struct qcow_image *image, u64 guest_offset, u64 length,
 		   struct qcow_extent *extent)
 {
-	return qcow_map_lookup(image, guest_offset, length, false, extent);
+	return qcow_map_one(image, guest_offset, length, false, extent);
+}
+
+/**
+ * qcow_map_layer_cached - the same, from what is in memory
+ * @image: the layer
+ * @guest_offset: bytes
+ * @length: bytes that are of interest, at least 1
+ * @extent: out; its length is 1 to @length
+ *
+ * Context: any; does not sleep.
+ *
+ * Return: 0; -EAGAIN if a table would have to be read; -EIO if one is damaged.
+ */
+int qcow_map_layer_cached(struct qcow_image *image, u64 guest_offset,
+			  u64 length, struct qcow_extent *extent)
+{
+	return qcow_map_one(image, guest_offset, length, true, extent);
+}
+
+/* Look through the layers from *@layer on, which becomes the one that decides. */
+static int qcow_map_walk(struct qcow_chain *chain, u64 guest_offset, u64 length,
+			 bool cached, struct qcow_extent *extent,
+			 unsigned int *layer)
+{
+	int err;
+
+	extent->length = length;
+	extent->type = QCOW_EXTENT_UNALLOCATED;
+	for (; *layer < chain->depth; ++*layer) {
+		err = qcow_map_one(chain->layers[*layer], guest_offset,
+				   extent->length, cached, extent);
+		if (err)
+			return err;
+		if (extent->type != QCOW_EXTENT_UNALLOCATED)
+			return 0;
+	}
+	extent->type = QCOW_EXTENT_ZERO;
+	return 0;
+}
+
+/* Find what is below the top layer, for whole clusters of that, and remember it. */
+static int qcow_map_resolve(struct qcow_chain *chain, u64 guest_offset,
+			    u64 length, struct qcow_extent *extent,
+			    unsigned int *layer)
+{
+	struct qcow_image *image = chain->layers[0];
+	u32 mask = qcow_cluster_size(image) - 1;
+	u64 start = guest_offset & ~(u64)mask;
+	u64 end = min((guest_offset + length + mask) & ~(u64)mask, image->size);
+	u64 skip = guest_offset - start;
+	int err;
+
+	*layer = 1;
+	err = qcow_map_walk(chain, start, end - start, false, extent, layer);
+	if (!err)
+		qcow_resolved_keep(chain, start, extent, *layer);
+	else if (!skip && end - start == length)
+		return err;
+	if (err || extent->length <= skip) {
+		*layer = 1;
+		return qcow_map_walk(chain, guest_offset, length, false, extent,
+				     layer);
+	}
+	if (extent->type == QCOW_EXTENT_DATA)
+		extent->host_offset += skip;
+	if (extent->type == QCOW_EXTENT_COMPRESSED)
+		extent->skip += skip;
+	extent->length = min(extent->length - skip, length);
+	return 0;
+}
+
+/* The same as qcow_map_walk() from one of the first two layers on, for long chains. */
+static int qcow_map_long(struct qcow_chain *chain, u64 guest_offset, u64 length,
+			 bool cached, struct qcow_extent *extent,
+			 unsigned int *layer)
+{
+	int found, err;
+
+	if (!*layer) {
+		err = qcow_map_one(chain->layers[0], guest_offset, length,
+				   cached, extent);
+		if (err || extent->type != QCOW_EXTENT_UNALLOCATED)
+			return err;
+		length = extent->length;
+	}
+	found = qcow_resolved_find(chain, guest_offset, length, extent, layer);
+	if (!found)
+		return cached ? -EAGAIN :
+				qcow_map_resolve(chain, guest_offset, length,
+						 extent, layer);
+	if (found > 0 && extent->type != QCOW_EXTENT_UNALLOCATED)
+		return 0;
+	if (found > 0)
+		length = extent->length;
+	else
+		*layer = 1;
+	return qcow_map_walk(chain, guest_offset, length, cached, extent, layer);
+}
+
+/* Layers from *@layer on, which becomes the one that decides. */
+static int qcow_map_chain(struct qcow_chain *chain, u64 guest_offset,
+			  u64 length, bool cached, struct qcow_extent *extent,
+			  unsigned int *layer)
+{
+	int err;
+
+	if (*layer < 2 && qcow_chain_resolves(chain) &&
+	    guest_offset < chain->layers[0]->size)
+		err = qcow_map_long(chain, guest_offset, length, cached, extent,
+				    layer);
+	else
+		err = qcow_map_walk(chain, guest_offset, length, cached, extent,
+				    layer);
+	if (!err)
+		trace_qcow_map(guest_offset, extent, *layer);
+	return err;
 }
 
 /**
@@ -486,60 +667,27 @@ int qcow_map_layer(struct qcow_image *image, u64 guest_offset, u64 length,
 int qcow_map(struct qcow_chain *chain, unsigned int first, u64 guest_offset,
 	     u64 length, struct qcow_extent *extent)
 {
-	unsigned int layer;
-	int err;
-
-	extent->length = length;
-	extent->type = QCOW_EXTENT_UNALLOCATED;
-	for (layer = first; layer < chain->depth; layer++) {
-		err = qcow_map_layer(chain->layers[layer], guest_offset,
-				     extent->length, extent);
-		if (err)
-			return err;
-		if (extent->type != QCOW_EXTENT_UNALLOCATED)
-			break;
-	}
-	if (extent->type == QCOW_EXTENT_UNALLOCATED)
-		extent->type = QCOW_EXTENT_ZERO;
-	trace_qcow_map(guest_offset, extent, layer);
-	return 0;
+	return qcow_map_chain(chain, guest_offset, length, false, extent, &first);
 }
 
 /**
- * qcow_map_cached - the same, from tables that are in memory
+ * qcow_map_cached - the same, from what is in memory
  * @chain: the layers
- * @top: look at the top layer only; then the extent may be UNALLOCATED
  * @guest_offset: bytes
  * @length: bytes that are of interest, at least 1
  * @extent: out, as for qcow_map()
  *
  * Context: any; does not sleep.
  *
- * Return: 0; -EAGAIN if a table would have to be read; -EIO if one is damaged.
+ * Return: 0; -EAGAIN if a table would have to be read, or all of a long chain
+ * walked through; -EIO if a table is damaged.
  */
-int qcow_map_cached(struct qcow_chain *chain, bool top, u64 guest_offset,
-		    u64 length, struct qcow_extent *extent)
+int qcow_map_cached(struct qcow_chain *chain, u64 guest_offset, u64 length,
+		    struct qcow_extent *extent)
 {
-	unsigned int depth = top ? 1 : chain->depth;
-	unsigned int layer;
-	int err;
+	unsigned int layer = 0;
 
-	extent->length = length;
-	for (layer = 0; layer < depth; layer++) {
-		/* What is found stays in memory until it has been looked at. */
-		rcu_read_lock();
-		err = qcow_map_lookup(chain->layers[layer], guest_offset,
-				      extent->length, true, extent);
-		rcu_read_unlock();
-		if (err)
-			return err;
-		if (extent->type != QCOW_EXTENT_UNALLOCATED)
-			break;
-	}
-	if (!top && extent->type == QCOW_EXTENT_UNALLOCATED)
-		extent->type = QCOW_EXTENT_ZERO;
-	trace_qcow_map(guest_offset, extent, layer);
-	return 0;
+	return qcow_map_chain(chain, guest_offset, length, true, extent, &layer);
 }
 
 /**

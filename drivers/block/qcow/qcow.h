@@ -4,8 +4,8 @@
  *
  * Dependencies point one way:
  *
- *	main -> device -> request -> discard, pack -> cluster -> map -> refcount
- *	        -> commit -> compress -> codec -> table_cache -> file_io
+ *	main -> device -> request -> discard, pack -> cluster -> map, resolve
+ *	        -> refcount -> commit -> compress -> codec -> table_cache -> file_io
  *
  * From cluster on down nothing knows of requests or disks: those files work on
  * an image, which may as well be a file in memory that a unit test made.
@@ -327,6 +327,8 @@ enum {
  * @writing: a commit is writing it, and its barrier is not over, image->lock
  * @written: it has done so without an error, commit_mutex
  * @placed: qcow_block_place() has been here
+ * @resolved: it may have resolutions in it (resolve.c); set under image->lock
+ * @resolved_from: of the guest clusters from this one on; set before @resolved
  * @kind: known from the first change on, image->lock
  * @dirty_node: in image->dirty[@kind], guarded by image->lock
  * @writing_node: in the list of the commit that writes it
@@ -348,6 +350,8 @@ struct qcow_block {
 	bool writing;
 	bool written;
 	bool placed;
+	bool resolved;
+	u64 resolved_from;
 	enum qcow_block_kind kind;
 	struct list_head dirty_node;
 	struct list_head writing_node;
@@ -355,6 +359,9 @@ struct qcow_block {
 	struct list_head lru;
 	struct rcu_head rcu;
 };
+
+/* A host offset with this is that of a block that is only in memory. */
+#define QCOW_BLOCK_VIRTUAL	BIT_ULL(63)
 
 struct qcow_cache *qcow_cache_create(u64 limit);
 void qcow_cache_relieve(struct qcow_cache *cache);
@@ -367,6 +374,7 @@ int qcow_block_prepare(struct qcow_block *block);
 int qcow_block_claim_locked(struct qcow_block *block,
 			    enum qcow_block_kind kind);
 void qcow_block_dirty_locked(struct qcow_block *block);
+void qcow_block_copy_locked(struct qcow_block *block, void *to);
 void qcow_block_unprepare(struct qcow_block *block);
 void qcow_block_written(struct qcow_block *block, bool ok);
 int qcow_cache_drop(struct qcow_image *image, u64 host_offset, u64 len);
@@ -415,6 +423,7 @@ struct qcow_image {
 	char *snapshot;			/* ID or name of the one that is shown */
 	u32 format;			/* QCOW_FORMAT_* */
 	bool writable;
+	bool alone;			/* of one device only */
 	struct qcow_header header;	/* as it was at attach */
 	u64 size;			/* bytes a guest sees, a multiple of 512 */
 	u32 cluster_bits;
@@ -424,6 +433,7 @@ struct qcow_image {
 	u32 block_bits;			/* log2 of the bytes of a cached block */
 	struct qcow_cache *cache;
 	struct xarray blocks;		/* by host offset >> block_bits */
+	struct xarray virtual_blocks;	/* likewise */
 	struct xarray metadata;		/* by host cluster, see overlap.c */
 	u64 *known;			/* tables that attach found, likewise */
 	size_t nr_known;
@@ -576,6 +586,7 @@ static inline void qcow_packed_range(const struct qcow_image *image,
  * @format: QCOW_FORMAT_*
  * @io_mode: QCOW_IO_*
  * @writable: whether it is going to be written; not with @snapshot
+ * @alone: not to be shared, even if it is only read
  */
 struct qcow_image_source {
 	struct file *file;
@@ -584,6 +595,7 @@ struct qcow_image_source {
 	u32 format;
 	u32 io_mode;
 	bool writable;
+	bool alone;
 };
 
 int qcow_image_open(const struct qcow_image_source *source,
@@ -808,6 +820,9 @@ static inline unsigned int qcow_subcluster(const struct qcow_image *image,
 
 u64 qcow_entry_load(struct qcow_image *image, struct qcow_block *block,
 		    unsigned int index);
+struct qcow_l2_entry qcow_l2_load_raw(struct qcow_image *image,
+				      struct qcow_block *block,
+				      unsigned int index);
 struct qcow_l2_entry qcow_l2_load(struct qcow_image *image,
 				  struct qcow_block *block, unsigned int index);
 void qcow_l2_store_locked(struct qcow_image *image, struct qcow_block *block,
@@ -815,6 +830,8 @@ void qcow_l2_store_locked(struct qcow_image *image, struct qcow_block *block,
 struct qcow_block *qcow_l1_block(struct qcow_image *image, u64 guest_offset,
 				 unsigned int *index);
 int qcow_l1_entry(struct qcow_image *image, u64 guest_offset, u64 *entry);
+int qcow_l2_find(struct qcow_image *image, u64 guest_offset, bool cached,
+		 u64 *host_offset, unsigned int *index);
 struct qcow_block *qcow_l2_block(struct qcow_image *image, u64 l1_entry,
 				 u64 guest_offset, unsigned int *index);
 int qcow_l2_classify(struct qcow_image *image, struct qcow_l2_entry entry,
@@ -823,12 +840,45 @@ bool qcow_chain_is_zero(struct qcow_chain *chain, unsigned int first,
 			u64 guest_offset, u64 length, int *error);
 int qcow_map_layer(struct qcow_image *image, u64 guest_offset, u64 length,
 		   struct qcow_extent *extent);
+int qcow_map_layer_cached(struct qcow_image *image, u64 guest_offset,
+			  u64 length, struct qcow_extent *extent);
 int qcow_map(struct qcow_chain *chain, unsigned int first, u64 guest_offset,
 	     u64 length, struct qcow_extent *extent);
-int qcow_map_cached(struct qcow_chain *chain, bool top, u64 guest_offset,
-		    u64 length, struct qcow_extent *extent);
+int qcow_map_cached(struct qcow_chain *chain, u64 guest_offset, u64 length,
+		    struct qcow_extent *extent);
 int qcow_chain_read(struct qcow_chain *chain, u64 guest_offset, u64 length,
 		    void *buf);
+
+/* ---- resolve.c: long chains ---------------------------------------------- */
+
+/* Is it worth to remember where in a chain, whose top is qcow2, something is? */
+static inline bool qcow_chain_resolves(const struct qcow_chain *chain)
+{
+	return chain->depth > 2;
+}
+
+/* Has it the form of what resolve.c keeps in the place of an L2 entry? */
+static inline bool qcow_is_tagged(u64 descriptor)
+{
+	return (descriptor & (QCOW_L2_RESOLVED | QCOW_OFLAG_COMPRESSED)) ==
+	       QCOW_L2_RESOLVED;
+}
+
+/* Is it? */
+static inline bool qcow_is_resolution(const struct qcow_block *block,
+				      u64 descriptor)
+{
+	if (likely(!qcow_is_tagged(descriptor)))
+		return false;
+	/* Pairs with the barrier in qcow_block_resolve_locked(). */
+	smp_rmb();
+	return READ_ONCE(block->resolved);
+}
+
+int qcow_resolved_find(struct qcow_chain *chain, u64 guest_offset, u64 length,
+		       struct qcow_extent *extent, unsigned int *layer);
+void qcow_resolved_keep(struct qcow_chain *chain, u64 guest_offset,
+			const struct qcow_extent *extent, unsigned int layer);
 
 /* ---- cluster.c: changing the mapping ------------------------------------ */
 
@@ -845,6 +895,8 @@ void qcow_frees_queue_locked(struct qcow_image *image, struct list_head *frees);
 
 /* Head or tail up to this long are written together with the guest's data. */
 #define QCOW_MERGE_FILL		(128U << 10)
+/* Between head and tail, up to this much is read along to save a read. */
+#define QCOW_FILL_GAP		(16U << 10)
 
 /**
  * struct qcow_fill - what surrounds the guest's data in its clusters
@@ -870,6 +922,7 @@ struct qcow_fill {
  * @length: of the guest's data, bytes
  * @head: to be written before it
  * @tail: to be written behind it
+ * @around: the copies in @head and @tail are one piece of memory
  * @fresh: the clusters are newly allocated, to be freed if the write fails
  * @frees: runs that the old entries lose when the write succeeds
  * @abort: a node to free the new clusters with
@@ -887,6 +940,7 @@ struct qcow_write {
 	u64 length;
 	struct qcow_fill head;
 	struct qcow_fill tail;
+	bool around;
 	bool fresh;
 	struct list_head frees;
 	struct qcow_free *abort;

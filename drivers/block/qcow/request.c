@@ -52,6 +52,8 @@
 #include "trace.h"
 
 #define QCOW_SEGMENT_POOL_MIN	16
+/* So many writes at most are not tried without a worker behind one that was in vain. */
+#define QCOW_INLINE_SKIP	7U
 #define QCOW_VECS_POOL_MIN	4
 /* Enough for every request that the limits allow, and its head and tail. */
 #define QCOW_VECS		256
@@ -343,12 +345,33 @@ static bool qcow_segment_again(const struct qcow_segment *seg, long ret)
 	       (ret == -EOPNOTSUPP || ret == -ENOMEM);
 }
 
+/* queue_rq() did all that there was to do. */
+static void qcow_request_inlined(struct qcow_request *req)
+{
+	struct qcow_device *dev = req->dev;
+
+	this_cpu_inc(dev->stats->inlined);
+	if (READ_ONCE(dev->inline_skip) &&
+	    req_op(blk_mq_rq_from_pdu(req)) == REQ_OP_WRITE)
+		WRITE_ONCE(dev->inline_skip, 0);
+}
+
 /* queue_rq() tried it, but one has to wait. */
 static void qcow_request_uninline(struct qcow_request *req, long ret)
 {
+	struct qcow_device *dev = req->dev;
+	unsigned int skip;
+
 	/* The device below does not know how not to. */
-	if (ret == -EOPNOTSUPP)
+	if (ret == -EOPNOTSUPP && req->first.file->bdev)
 		WRITE_ONCE(req->first.file->nowait, false);
+	/* Where writes fill holes of the file, the next ones will have to wait, too. */
+	if (req_op(blk_mq_rq_from_pdu(req)) == REQ_OP_WRITE) {
+		skip = min(2 * READ_ONCE(dev->inline_skip) + 1,
+			   QCOW_INLINE_SKIP);
+		WRITE_ONCE(dev->inline_skip, skip);
+		WRITE_ONCE(dev->inline_left, skip);
+	}
 	qcow_image_exit(qcow_request_image(req), req->first.epoch);
 	qcow_request_unmap(req);
 	qcow_request_queue(req);
@@ -360,7 +383,7 @@ static void qcow_segment_done(struct qcow_io *io, long ret)
 
 	if (ret == seg->length) {
 		if (seg->iocb_flags & IOCB_NOWAIT)
-			this_cpu_inc(seg->req->dev->stats->inlined);
+			qcow_request_inlined(seg->req);
 		qcow_segment_end(seg, 0);
 	} else if (qcow_segment_again(seg, ret)) {
 		if (seg->iocb_flags & IOCB_NOWAIT) {
@@ -825,16 +848,33 @@ static bool qcow_map_inline(struct qcow_request *req, u64 guest_offset,
 			    u64 length, bool write, struct qcow_extent *extent)
 {
 	struct qcow_image *image = qcow_request_image(req);
+	int err;
 
-	if (qcow_map_cached(req->dev->chain, write, guest_offset, length,
-			    extent) || extent->length < length)
+	err = write ? qcow_map_layer_cached(image, guest_offset, length, extent) :
+		      qcow_map_cached(req->dev->chain, guest_offset, length,
+				      extent);
+	if (err || extent->length < length)
 		return false;
-	if (write)
+	if (write) {
+		trace_qcow_map(guest_offset, extent, 0);
 		return extent->in_place && !qcow_image_error(image) &&
 		       !qcow_overlap_check_data(image, extent->host_offset,
 						length);
+	}
 	return extent->type == QCOW_EXTENT_DATA ||
 	       extent->type == QCOW_EXTENT_ZERO;
+}
+
+/* Are writes known to need waiting? Then only some of them are tried. */
+static bool qcow_inline_skips(struct qcow_device *dev)
+{
+	unsigned int left = READ_ONCE(dev->inline_left);
+
+	if (likely(!left))
+		return false;
+	/* That another CPU does the same at the same time does not matter. */
+	WRITE_ONCE(dev->inline_left, left - 1);
+	return true;
 }
 
 /* Serve it here and now. False if it is for a worker, and nothing was done. */
@@ -850,7 +890,8 @@ static bool qcow_request_inline(struct qcow_request *req)
 	bool ours;
 
 	if (req->dev->no_inline || (!write && req_op(rq) != REQ_OP_READ) ||
-	    (write && (rq->cmd_flags & REQ_FUA || req->dev->read_only)) ||
+	    (write && (rq->cmd_flags & REQ_FUA || req->dev->read_only ||
+		       qcow_inline_skips(req->dev))) ||
 	    !qcow_inline_enter(rq, &saved))
 		return false;
 	qcow_segment_init(seg, req, 0);
@@ -869,7 +910,7 @@ static bool qcow_request_inline(struct qcow_request *req)
 		qcow_segment_start(seg);
 	} else {
 		qcow_image_exit(image, seg->epoch);
-		this_cpu_inc(req->dev->stats->inlined);
+		qcow_request_inlined(req);
 		qcow_request_zero(req, 0, extent.length);
 		qcow_request_finish(req);
 	}

@@ -85,15 +85,22 @@ void qcow_block_put(struct qcow_block *block)
 		qcow_block_release(block);
 }
 
+static struct xarray *qcow_block_tree(struct qcow_image *image, u64 host_offset)
+{
+	return host_offset & QCOW_BLOCK_VIRTUAL ? &image->virtual_blocks :
+						  &image->blocks;
+}
+
 static unsigned long qcow_block_index(struct qcow_image *image, u64 host_offset)
 {
-	return host_offset >> image->block_bits;
+	return (host_offset & ~QCOW_BLOCK_VIRTUAL) >> image->block_bits;
 }
 
 /* Where a long is 32 bits, the cache does not reach as far as the format. */
 static bool qcow_block_addressable(struct qcow_image *image, u64 host_offset)
 {
-	return host_offset >> image->block_bits <= ULONG_MAX;
+	return (host_offset & ~QCOW_BLOCK_VIRTUAL) >> image->block_bits <=
+	       ULONG_MAX;
 }
 
 /* Take a block, of which we hold a pin, out of sight. Its cache pin is dropped. */
@@ -103,8 +110,8 @@ static void qcow_block_unhash(struct qcow_block *block)
 	struct qcow_cache *cache = image->cache;
 	bool listed;
 
-	xa_cmpxchg(&image->blocks, qcow_block_index(image, block->host_offset),
-		   block, NULL, 0);
+	xa_cmpxchg(qcow_block_tree(image, block->host_offset),
+		   qcow_block_index(image, block->host_offset), block, NULL, 0);
 	spin_lock(&cache->lock);
 	listed = !list_empty(&block->lru);
 	if (listed) {
@@ -139,7 +146,7 @@ static unsigned long qcow_cache_evict(struct qcow_cache *cache,
 		if (!refcount_dec_if_one(&block->pins))
 			continue;
 		/* While the list has the block, its image exists. */
-		xa_cmpxchg(&block->image->blocks,
+		xa_cmpxchg(qcow_block_tree(block->image, block->host_offset),
 			   qcow_block_index(block->image, block->host_offset),
 			   block, NULL, 0);
 		list_move_tail(&block->lru, &victims);
@@ -273,7 +280,8 @@ static struct qcow_block *qcow_block_lookup(struct qcow_image *image,
 	struct qcow_block *block;
 
 	rcu_read_lock();
-	block = xa_load(&image->blocks, qcow_block_index(image, host_offset));
+	block = xa_load(qcow_block_tree(image, host_offset),
+			qcow_block_index(image, host_offset));
 	if (block && !refcount_inc_not_zero(&block->pins))
 		block = NULL;
 	rcu_read_unlock();
@@ -302,7 +310,8 @@ struct qcow_block *qcow_block_peek(struct qcow_image *image, u64 host_offset)
 
 	if (!qcow_block_addressable(image, host_offset))
 		return NULL;
-	block = xa_load(&image->blocks, qcow_block_index(image, host_offset));
+	block = xa_load(qcow_block_tree(image, host_offset),
+			qcow_block_index(image, host_offset));
 	if (!block || !test_bit_acquire(QCOW_BLOCK_UPTODATE, &block->state))
 		return NULL;
 	qcow_block_used(block);
@@ -319,10 +328,28 @@ static struct qcow_block *qcow_block_wait(struct qcow_block *block)
 	return ERR_PTR(-EIO);
 }
 
+static int qcow_block_fill(struct qcow_block *block)
+{
+	struct qcow_image *image = block->image;
+	u32 size = qcow_block_size(image);
+	int err;
+
+	if (block->host_offset & QCOW_BLOCK_VIRTUAL) {
+		memset(block->data, 0, size);
+		return 0;
+	}
+	this_cpu_inc(block->cache->stats->misses);
+	err = qcow_file_read(&image->file, block->data, size,
+			     block->host_offset);
+	trace_qcow_table_read(image, block->host_offset, size, err);
+	return err;
+}
+
 /**
  * qcow_block_get - a block of a table, from memory or from the file
  * @image: whose table
- * @host_offset: of the block, bytes, a multiple of the image's block size
+ * @host_offset: of the block, bytes, a multiple of the image's block size; of one
+ *	that is virtual and not in memory the content is zero
  *
  * Context: may sleep and read the file. Inside an epoch this is fine.
  *
@@ -359,6 +386,7 @@ struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset)
 	block->writing = false;
 	block->written = false;
 	block->placed = false;
+	block->resolved = false;
 	block->kind = QCOW_BLOCK_KINDS;
 	INIT_LIST_HEAD(&block->dirty_node);
 	INIT_LIST_HEAD(&block->writing_node);
@@ -368,7 +396,8 @@ struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset)
 	refcount_set(&block->pins, 2);
 
 	for (;;) {
-		old = xa_cmpxchg(&image->blocks, index, NULL, block, GFP_NOIO);
+		old = xa_cmpxchg(qcow_block_tree(image, host_offset), index,
+				 NULL, block, GFP_NOIO);
 		if (!old)
 			break;
 		if (xa_is_err(old)) {
@@ -386,10 +415,7 @@ struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset)
 		cond_resched();
 	}
 
-	this_cpu_inc(cache->stats->misses);
-	err = qcow_file_read(&image->file, block->data, qcow_block_size(image),
-			     host_offset);
-	trace_qcow_table_read(image, host_offset, qcow_block_size(image), err);
+	err = qcow_block_fill(block);
 	if (!err) {
 		/* Whoever sees the bit sees the data. */
 		smp_mb__before_atomic();
@@ -555,6 +581,29 @@ void qcow_block_dirty_locked(struct qcow_block *block)
 }
 
 /**
+ * qcow_block_copy_locked - what of a block that links clusters is for the disk
+ * @block: an L1, L2 or refcount table block
+ * @to: where to copy it
+ *
+ * Context: image->lock is held.
+ */
+void qcow_block_copy_locked(struct qcow_block *block, void *to)
+{
+	struct qcow_image *image = block->image;
+	unsigned int step = image->subclusters > 1 ? 2 : 1;
+	__be64 *words = to;
+	unsigned int i;
+
+	lockdep_assert_held(&image->lock);
+	memcpy(to, block->data, qcow_block_size(image));
+	if (likely(!block->resolved))
+		return;
+	for (i = 0; i < qcow_l2_per_block(image); i++, words += step)
+		if (qcow_is_tagged(be64_to_cpu(*words)))
+			*words = 0;
+}
+
+/**
  * qcow_block_written - a commit is finished with a block
  * @block: with @block->writing set; the pin of its dirtiness is dropped here,
  *	or, if it stays dirty, kept
@@ -655,7 +704,7 @@ void qcow_cache_drop_all(struct qcow_image *image)
 
 	list_for_each_entry_safe(block, next, &blocks, lru) {
 		list_del_init(&block->lru);
-		xa_erase(&image->blocks,
+		xa_erase(qcow_block_tree(image, block->host_offset),
 			 qcow_block_index(image, block->host_offset));
 		if (block->dirty) {
 			list_del(&block->dirty_node);
@@ -664,5 +713,6 @@ void qcow_cache_drop_all(struct qcow_image *image)
 		}
 		qcow_block_put(block);
 	}
+	xa_destroy(&image->virtual_blocks);
 	xa_destroy(&image->blocks);
 }
