@@ -26,9 +26,9 @@
  *	bit 0		0: DATA; 1: ZERO or, if the host offset is not 0, to be looked
  *			up from that layer on: compressed, or from several layers
  *	bit 1		1, QCOW_L2_RESOLVED
- *	bits 2..8	layer, low bits
+ *	bits 2..8	layer, low part
  *	bits 9..55	host offset
- *	bits 56..61	layer, high bits
+ *	bits 56..61	layer, high part
  *	bit 62		0, as it is 1 in the entries of compressed clusters
  */
 #include <linux/rcupdate.h>
