@@ -63,7 +63,7 @@ if (($#)); then
 	done_testing
 fi
 
-count=40
+count=${#FIXED[@]}
 if [[ ${QCOW_SOAK-} ]]; then
 	count=150
 elif [[ $QUICK ]]; then
