@@ -185,7 +185,7 @@ layers_stamp() {
 
 # cell_steps: the cell in variables; its output is shown when it fails.
 cell_steps() {
-	local mirror=() before after args=() out
+	local mirror=() before after args=() how=() out
 
 	make_image || { echo "could not make the image"; return 1; }
 	if ((init || snap)) || [[ $packed || $chain != none ]]; then
@@ -194,9 +194,10 @@ cell_steps() {
 	fi
 	before=$(layers_stamp)
 
+	[[ $inline == yes ]] || how=(--no-inline)
 	if ! try_attach --discard="$discard" --io="$io" \
 		${cache:+--cache-size "$cache"} ${compress:+--compress="$compress"} \
-		$([[ $inline == yes ]] || echo --no-inline) \
+		"${how[@]}" \
 		"$PWD/image.qcow2"; then
 		cat "$WORK/.err"
 		echo "attach failed"
