@@ -25,14 +25,14 @@ if [[ ${QCOW_SOAK-} ]]; then
 fi
 
 # NAME  MODE  SIZE  IMAGE-OPTIONS  CHAIN  QCOW-DIFF-OPTIONS
-# With +compress in CHAIN it is attached so.
+# With +compress in CHAIN it is attached so; with +bitmap it has bitmaps.
 CASES=(
 	'block-64k-lazy block 12M cluster_size=64k,lazy_refcounts=on none --jobs 1'
 	'block-512-rc64-overlay block 4M cluster_size=512,refcount_bits=64 raw --jobs 1 --max-io 128k'
-	'block-4k-jobs block 12M cluster_size=4k none --jobs 4 --max-io 256k'
+	'block-4k-jobs-bitmap block 12M cluster_size=4k none+bitmap --jobs 4 --max-io 256k'
 	'block-64k-ext-overlay-snapshot block 12M cluster_size=64k,extended_l2=on raw+snapshot --jobs 2'
 	'block-4k-packed-overlay-snapshot block 12M cluster_size=4k qcow2+packed+compress+snapshot --jobs 2 --max-io 256k'
-	'file-64k-data file 12M cluster_size=64k,data_file=image.data raw --jobs 2'
+	'file-64k-data-bitmap file 12M cluster_size=64k,data_file=image.data raw+bitmap --jobs 2'
 	'file-4k-overlay-snapshot file 12M cluster_size=4k raw+snapshot --jobs 1 --max-io 256k'
 )
 if [[ ${QCOW_SOAK-} ]] || (($#)); then
@@ -91,6 +91,11 @@ make_storage() (
 			-c 'write -q -z 2200k 200k' image
 		qemu-img snapshot -c one image
 		qemu-io -f qcow2 -c 'write -q -P 0x63 300k 300k' image
+	fi
+	if [[ $chain == *+bitmap* ]]; then
+		qemu-img bitmap --add -g 512 image map
+		qemu-io -f qcow2 -c 'write -q -P 0x64 1M 64k' image
+		qemu-img bitmap --add -g 64k image other
 	fi
 	qemu-img convert -f qcow2 -O raw image initial.raw
 	if [[ $mode == file ]]; then

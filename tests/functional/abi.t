@@ -10,6 +10,11 @@
 need_driver
 cd "$WORK" || exit
 qemu-img create -q -f qcow2 image.base 1M
+for format in luks aes; do
+	qemu-img create -q --object secret,id=key,data=abc -f qcow2 \
+		-o "encrypt.format=$format,encrypt.key-secret=key$([[ $format != luks ]] ||
+			echo ,encrypt.iter-time=10)" "image.$format" 1M
+done
 qemu-img create -q -f qcow2 -b image.base -F qcow2 image
 
 for program in abi-check abi-check-32; do

@@ -15,6 +15,7 @@
 #                    layers); zero (a qcow2 base with zero clusters over data);
 #                    packed (a qcow2 base that is compressed)
 #   data=none        none; file or raw: an external data file
+#   enc=none         luks or aes: it is encrypted
 #   packed=          zlib or zstd: QEMU wrote most of it compressed
 #   snap=0           1: internal snapshots exist, so that clusters are shared
 #   init=0           1: QEMU wrote data, zeroes and discards to it before
@@ -64,10 +65,41 @@ make_raw() {
 			--mix write=3,punch=1 "$1"
 }
 
+# on_image PROGRAM ARGUMENT...: qemu-img or qemu-io on the cell's image.qcow2, whose
+# name comes last, or, where there is another file in the end, before that.
+on_image() {
+	local name=image.qcow2 secret=() last=() command=()
+
+	if [[ $enc != none ]]; then
+		name='json:{"driver":"qcow2","file.filename":"image.qcow2",'
+		name+="\"encrypt.format\":\"$enc\",\"encrypt.key-secret\":\"key\"}"
+		secret=(--object 'secret,id=key,file=key')
+	fi
+	command=("$1")
+	shift
+	if [[ ${command[0]} == qemu-img ]]; then
+		command+=("$1")
+		shift
+	fi
+	if [[ ${command[1]-} == convert || ${command[1]-} == compare ]]; then
+		last=("${*: -1}")
+		set -- "${@:1:$#-1}"
+	fi
+	"${command[@]}" "${secret[@]}" "$@" "$name" "${last[@]}"
+}
+
+# is_clean_image: qemu-img check finds nothing at all in it.
+is_clean_image() {
+	on_image qemu-img check >.check 2>&1 && grep -q 'No errors were found' .check &&
+		! grep -qi 'leak' .check && return 0
+	cat .check
+	return 1
+}
+
 # Makes image.qcow2 in the current directory by the cell's variables.
 make_image() {
 	local bytes base='' base_fmt='' full cluster other options
-	local c=()
+	local c=() secret=()
 
 	bytes=$(to_bytes "$size")
 	full=$(((bytes + 511) / 512 * 512))
@@ -141,20 +173,27 @@ make_image() {
 	file) options+=,data_file=image.qcow2.data ;;
 	raw) options+=,data_file=image.qcow2.data,data_file_raw=on ;;
 	esac
+	if [[ $enc != none ]]; then
+		printf 'a passphrase of %s' "$enc" >key
+		secret=(--object 'secret,id=key,file=key')
+		options+=,encrypt.format=$enc,encrypt.key-secret=key
+	fi
+	if [[ $enc == luks ]]; then
+		options+=,encrypt.iter-time=10
+	fi
 	if [[ $packed == zstd || $compress == zstd ]]; then
 		options+=,compression_type=zstd
 	fi
-	qemu-img create -q -f qcow2 ${base:+-b "$base" -F "$base_fmt"} -o "$options" \
-		image.qcow2 "$full" || return
+	qemu-img create -q "${secret[@]}" -f qcow2 ${base:+-b "$base" -F "$base_fmt"} \
+		-o "$options" image.qcow2 "$full" || return
 
 	if [[ $packed ]]; then
 		# Some of it noise, which is not made smaller.
 		make_raw tmp.raw "$full" 1007 &&
 			dd if=/dev/urandom of=tmp.raw bs=4k seek=700 count=40 \
 				conv=notrunc status=none &&
-			qemu-io -f qcow2 -c "write -q -c -s tmp.raw 0 \
-				$((full * 3 / 4 / cluster * cluster))" \
-				image.qcow2 && rm tmp.raw || return
+			on_image qemu-io -c "write -q -c -s tmp.raw 0 \
+				$((full * 3 / 4 / cluster * cluster))" && rm tmp.raw || return
 	fi
 	if ((init || snap)); then
 		c=(-c 'write -q -P 0x61 0 100k' -c 'write -q -P 0x62 1500k 1M'
@@ -163,14 +202,14 @@ make_image() {
 			c+=(-c 'write -q -z 1600k 130k' -c 'write -q -z -u 1800k 130k'
 				-c 'discard -q 2M 256k')
 		fi
-		qemu-io -f qcow2 -d unmap "${c[@]}" image.qcow2 || return
+		on_image qemu-io -d unmap "${c[@]}" || return
 	fi
 	if ((snap)); then
-		qemu-img snapshot -c one image.qcow2 &&
-			qemu-io -f qcow2 -c 'write -q -P 0x71 64k 64k' \
+		on_image qemu-img snapshot -c one &&
+			on_image qemu-io -c 'write -q -P 0x71 64k 64k' \
 				-c 'write -q -P 0x72 1700k 10k' \
-				-c 'write -q -P 0x73 3500k 200k' image.qcow2 &&
-			qemu-img snapshot -c two image.qcow2 || return
+				-c 'write -q -P 0x73 3500k 200k' &&
+			on_image qemu-img snapshot -c two || return
 	fi
 	if ((full != bytes)); then
 		put_bytes image.qcow2 24 "$(printf %016x "$bytes")" || return
@@ -188,13 +227,15 @@ cell_steps() {
 	local mirror=() before after args=() how=() out
 
 	make_image || { echo "could not make the image"; return 1; }
-	if ((init || snap)) || [[ $packed || $chain != none ]]; then
-		qemu-img convert -f qcow2 -O raw image.qcow2 mirror-in.raw || return
+	# What is only set aside does not decrypt to zeroes.
+	if ((init || snap)) || [[ $packed || $chain != none || $enc$pre != none* ]]; then
+		on_image qemu-img convert -O raw mirror-in.raw || return
 		mirror=(--mirror-in mirror-in.raw)
 	fi
 	before=$(layers_stamp)
 
 	[[ $inline == yes ]] || how=(--no-inline)
+	[[ $enc == none ]] || how+=(--key-file key)
 	if ! try_attach --discard="$discard" --io="$io" \
 		${cache:+--cache-size "$cache"} ${compress:+--compress="$compress"} \
 		"${how[@]}" \
@@ -241,9 +282,9 @@ cell_steps() {
 		echo "a file below the image changed: $before / $after"
 		return 1
 	fi
-	is_clean image.qcow2 || return
-	qemu-img compare -f raw -F qcow2 mirror.raw image.qcow2 || return
-	if [[ $data == raw ]]; then
+	is_clean_image || return
+	on_image qemu-img compare -F raw mirror.raw || return
+	if [[ $data == raw && $enc == none ]]; then
 		cmp -n "$(stat -c %s mirror.raw)" mirror.raw image.qcow2.data || return
 	fi
 	if ((snap)); then
@@ -252,17 +293,17 @@ cell_steps() {
 		# the size, which the snapshot has without the poke.)
 		if ((rc >= 4)) &&
 			((v == 3 || $(to_bytes "$size") % 512 == 0)); then
-			qemu-img snapshot -a one image.qcow2 || return
+			on_image qemu-img snapshot -a one || return
 		fi
-		qemu-img snapshot -d one image.qcow2 &&
-			qemu-img snapshot -d two image.qcow2 &&
-			is_clean image.qcow2 || return
+		on_image qemu-img snapshot -d one &&
+			on_image qemu-img snapshot -d two &&
+			is_clean_image || return
 	fi
 }
 
 # run_cell NAME: one result.
 run_cell() {
-	local v=3 cs=64k ext=0 rc=16 pre=off chain=none data=none snap=0 init=0 size=8M
+	local v=3 cs=64k ext=0 rc=16 pre=off chain=none data=none enc=none snap=0 init=0 size=8M
 	local packed='' discard=unmap io=auto cache='' compress='' jobs=1 dev=direct
 	local inline=yes
 	local hot='' seed=1
@@ -272,7 +313,7 @@ run_cell() {
 	IFS=, read -ra pairs <<<"$1"
 	for pair in "${pairs[@]}"; do
 		case ${pair%%=*} in
-		v | cs | ext | rc | pre | chain | data | packed | snap | init | size | discard | \
+		v | cs | ext | rc | pre | chain | data | enc | packed | snap | init | size | discard | \
 			io | cache | compress | inline | jobs | dev | hot | seed | ops)
 			printf -v "${pair%%=*}" %s "${pair#*=}"
 			;;

@@ -73,12 +73,12 @@ for options in lazy_refcounts=on lazy_refcounts=on,cluster_size=512 \
 	same lazy.qcow2 qcow2 want.raw raw "$options"
 done
 
-# qemu-img check -r by itself would delete the snapshots, as the bitmap is not up to
-# date any more.
+# qemu-img check -r by itself would delete the snapshots, as there are bitmaps.
 qemu-img create -q -f qcow2 -o lazy_refcounts=on snap.qcow2 64M
 qemu-io -f qcow2 -c 'write -q -P 1 0 1M' snap.qcow2
 qemu-img snapshot -c one snap.qcow2
 qemu-img bitmap --add snap.qcow2 map
+qemu-img bitmap --add --disable snap.qcow2 off
 attach "$PWD/snap.qcow2"
 write_some 2
 cp snap.qcow2 crash.qcow2
@@ -90,6 +90,16 @@ like "repaired, it has the snapshot" "$(qemu-img snapshot -l crash.qcow2)" ' one
 check_clean crash.qcow2 "snapshot and bitmap"
 ok "and that reads right" qemu-img convert -f qcow2 -l one -O raw crash.qcow2 one.raw
 ok "all of it" qemu-io -r -f raw -c 'read -q -P 1 0 1M' one.raw
+cp snap.qcow2 crash.qcow2
+ok "nothing to repair where there are bitmaps" qcowctl check --repair crash.qcow2
+like "it has the snapshot" "$(qemu-img snapshot -l crash.qcow2)" ' one '
+# A cluster that is counted, and nobody's
+cluster=$((($(stat -c %s crash.qcow2) + 65535) / 65536))
+truncate -s $(((cluster + 1) * 65536)) crash.qcow2
+put_bytes crash.qcow2 $((0x20000 + 2 * cluster)) 0001
+not_ok "a leak where there are bitmaps is not repaired" qcowctl check --repair crash.qcow2
+like "but why is said" "$(<"$WORK/.out")" 'has snapshots.*qemu-img bitmap --remove'
+like "and it has the snapshot" "$(qemu-img snapshot -l crash.qcow2)" ' one '
 cp snap.qcow2 crash.qcow2
 qemu-img bitmap --add crash.qcow2 other 2>/dev/null
 put_bytes crash.qcow2 88 8000000000000000

@@ -75,8 +75,6 @@ refused "cluster bits 2^32-1" 20 ffffffff
 refused "size 2^64-1" 24 ffffffffffffffff
 refused "size 2^63" 24 8000000000000000
 refused "size that the L1 table does not cover" 24 0000000100000000
-refused "encryption method 1" 32 00000001
-refused "encryption method 2" 32 00000002
 refused "encryption method 3" 32 00000003
 refused "L1 size 0" 36 00000000
 refused "L1 table of more than 32 MiB" 36 00400001
@@ -120,16 +118,6 @@ head -c 71 good.qcow2 >bad.qcow2
 refused_empty "half a header"
 head -c 512 /dev/urandom >bad.qcow2
 refused_empty "noise"
-
-# The features that are not there are refused by name.
-qemu-img create -q --object secret,id=s,data=abc -f qcow2 \
-	-o encrypt.format=aes,encrypt.key-secret=s aes.qcow2 8M 2>/dev/null
-if [[ -e aes.qcow2 ]]; then
-	not_ok "encryption is refused" try_attach "$PWD/aes.qcow2"
-	like "encryption is refused by name" "$(<"$WORK/.err")" '[Ee]ncrypt|[Cc]rypt'
-else
-	skip "encryption is refused by name" "qemu-img cannot make it"
-fi
 
 # A compressed cluster reads right.
 head -c 65536 /dev/zero | tr '\0' C >plain

@@ -129,6 +129,36 @@ ok "requests that are collected" fio --name=batch --filename="$DEV" --rw=randrw 
 	--io_size=16M --verify=crc32c --output=/dev/null
 detach
 
+# No lock that they all take: those of the driver that were taken so often
+busy_locks() {
+	awk -F: -v least="$1" '/&(image|cache|unpack)->|&dev->gate/ {
+		split($2, n, " ")
+		if (n[8] >= least) {
+			sub(/^ */, "", $1)
+			print $1
+		}
+	}' /proc/lock_stat
+}
+if [[ -e /proc/lock_stat ]]; then
+	attach image.qcow2
+	for rw in randread randwrite; do
+		ok "read the tables" "${direct[@]}" -c 'pread -q -b 1M 0 64M' "$DEV"
+		before=$(count inlined)
+		echo 0 >/proc/lock_stat
+		ok "2000 requests of $rw" fio --name=locks --filename="$DEV" --rw=$rw --bs=4k \
+			--direct=1 --ioengine=io_uring --iodepth=8 --number_ios=2000 --output=/dev/null
+		ok "$rw: without a worker" test "$(count inlined)" -ge $((before + 1900))
+		is "$rw: no lock of the driver is taken by all of them" "$(busy_locks 1000)" ""
+	done
+	echo 0 >/proc/lock_stat
+	ok "discard" blkdiscard -f -l 1M "$DEV"
+	ok "allocate" "${direct[@]}" -c 'pwrite -q -b 64k 0 1M' "$DEV"
+	like "where they are taken, that is counted" "$(busy_locks 16)" 'image->lock'
+	detach
+else
+	skip "no lock that all take" "no lock_stat"
+fi
+
 # A file system that is frozen holds up writes to it, but not reads
 truncate -s 200M low.img
 for fs in ext4 xfs btrfs; do

@@ -15,8 +15,9 @@
 #include "qcowctl.h"
 
 enum {
-	READ_ONLY, SNAPSHOT, NUMBER, DISCARD, CACHE_SIZE, IO, FORMAT, BACKING_FORMAT,
-	DATA_FILE, NO_REPAIR, TEMP, AUTOCLEAR, COMPRESS, NO_INLINE, ATTACH_OPTIONS
+	READ_ONLY, SNAPSHOT, NUMBER, DISCARD, CACHE, CACHE_SIZE, IO, FORMAT, BACKING_FORMAT,
+	DATA_FILE, KEY_FILE, KEYRING, NO_REPAIR, TEMP, AUTOCLEAR, COMPRESS, NO_INLINE,
+	ATTACH_OPTIONS
 };
 
 static const struct option_help attach_options[ATTACH_OPTIONS + 1] = {
@@ -24,6 +25,8 @@ static const struct option_help attach_options[ATTACH_OPTIONS + 1] = {
 	[SNAPSHOT] = { SNAPSHOT, "snapshot", "ID|NAME", "show this internal snapshot, read-only" },
 	[NUMBER] = { 'n', "number", "N", "make /dev/qcowN (default: the lowest free number)" },
 	[DISCARD] = { DISCARD, "discard", "MODE", "unmap (default), ignore, keep" },
+	[CACHE] = { CACHE, "cache", "MODE",
+		"none, writeback, directsync, writethrough, unsafe: as for QEMU" },
 	[CACHE_SIZE] = { CACHE_SIZE, "cache-size", "SIZE",
 		"most memory for tables, in bytes or with k, M, G, T" },
 	[IO] = { IO, "io", "MODE", "auto (default), direct, buffered" },
@@ -32,6 +35,10 @@ static const struct option_help attach_options[ATTACH_OPTIONS + 1] = {
 		"raw, qcow2: of backing files where no header says it" },
 	[DATA_FILE] = { DATA_FILE, "data-file", "FILE",
 		"IMAGE's external data file (default: what its header says)" },
+	[KEY_FILE] = { KEY_FILE, "key-file", "FILE",
+		"has the passphrase of IMAGE; again: of the next encrypted backing file",
+		.many = true },
+	[KEYRING] = { KEYRING, "keyring", "NAME", "take it from the user key of this name" },
 	[NO_REPAIR] = { NO_REPAIR, "no-repair", NULL,
 		"refuse an image that was not closed cleanly" },
 	[TEMP] = { TEMP, "temp", NULL, "keep what is written until detach only; IMAGE is read" },
@@ -47,6 +54,19 @@ _Static_assert(ATTACH_OPTIONS <= MAX_OPTIONS, "room for the options");
 
 /* By QCOW_IO_* */
 static const char * const io_modes[3] = { "auto", "direct", "buffered" };
+
+/* QEMU's cache modes, and what they are here */
+static const char * const cache_modes[5] = {
+	"none", "writeback", "directsync", "writethrough", "unsafe",
+};
+
+static const struct { __u32 io_mode, flags; } caching[5] = {
+	{ QCOW_IO_DIRECT, 0 },
+	{ QCOW_IO_BUFFERED, 0 },
+	{ QCOW_IO_DIRECT, QCOW_ATTACH_WRITE_THROUGH },
+	{ QCOW_IO_BUFFERED, QCOW_ATTACH_WRITE_THROUGH },
+	{ QCOW_IO_BUFFERED, QCOW_ATTACH_NO_FLUSH },
+};
 
 static int bad_value(int option, const char *value, const char *hint)
 {
@@ -71,12 +91,17 @@ static int set_options(const char * const *values, struct qcow_attach *call,
 	const char *format = values[FORMAT], *backing = values[BACKING_FORMAT];
 	const char *snapshot = values[SNAPSHOT];
 	uint64_t cache_limit = 0;
-	int number = -1;
+	int number = -1, ret;
+	__u32 cache;
 
 	if (values[TEMP] && (values[READ_ONLY] || snapshot || values[DATA_FILE]))
 		return fail(EXIT_USAGE, "attach: --temp goes without --read-only, --snapshot and --data-file; leave them out");
 	if (values[COMPRESS] && (values[READ_ONLY] || snapshot))
 		return fail(EXIT_USAGE, "attach: --compress is about writing; leave it out, or --read-only and --snapshot");
+	if (values[CACHE] && values[IO])
+		return fail(EXIT_USAGE, "attach: --cache says how files are read and written; leave out --io");
+	if (values[KEY_FILE] && values[KEYRING])
+		return fail(EXIT_USAGE, "attach: --key-file and --keyring exclude each other; give one or the other");
 	if (snapshot && (!*snapshot || strlen(snapshot) > UINT16_MAX))
 		return fail(EXIT_USAGE, "attach: --snapshot needs the ID or the name of a snapshot; see qemu-img snapshot -l");
 	if (values[NUMBER] && !parse_number(values[NUMBER], &number))
@@ -94,6 +119,8 @@ static int set_options(const char * const *values, struct qcow_attach *call,
 		.read_only = values[READ_ONLY] || snapshot,
 		.must_write = values[COMPRESS],
 		.data_file = values[DATA_FILE],
+		.key_files = values[KEY_FILE],
+		.keyring = values[KEYRING],
 		.backing_format = backing ? format_of_name(backing) : 0,
 	};
 	*call = (struct qcow_attach) {
@@ -105,9 +132,15 @@ static int set_options(const char * const *values, struct qcow_attach *call,
 		.snapshot = (uintptr_t)snapshot,
 		.snapshot_size = snapshot ? strlen(snapshot) : 0,
 	};
-	return choose(DISCARD, values[DISCARD], discard_names, 3, &call->discard) ?:
-	       choose(IO, values[IO], io_modes, 3, &call->io_mode) ?:
-	       choose(COMPRESS, values[COMPRESS], compress_names, 4, &call->compress);
+	ret = choose(DISCARD, values[DISCARD], discard_names, 3, &call->discard) ?:
+	      choose(IO, values[IO], io_modes, 3, &call->io_mode) ?:
+	      choose(COMPRESS, values[COMPRESS], compress_names, 4, &call->compress) ?:
+	      choose(CACHE, values[CACHE], cache_modes, 5, &cache);
+	if (!ret && values[CACHE]) {
+		call->io_mode = caching[cache].io_mode;
+		call->flags |= caching[cache].flags;
+	}
+	return ret;
 }
 
 static int attach_failed(const char *image, int wanted, const char *message)
@@ -153,6 +186,9 @@ static int make_overlay(const char *image, const char **path)
 	close(fd);
 	if (ret)
 		return ret;
+	if (header.encryption)
+		fail(EXIT_OK, "warning: %s: what is written with --temp is not encrypted, and goes to a file in %s",
+		     image, dir);
 	fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
 	if (fd < 0)
 		return fail(EXIT_SYSTEM, "%s: cannot make a file without a name: %m; set TMPDIR to another directory",
@@ -192,7 +228,10 @@ static int attach(const char * const *values, char **operands)
 	call.layer_size = sizeof(*chain.layers);
 	call.message = (uintptr_t)message;
 	call.message_size = sizeof(message);
-	if (control_call(QCOW_CTL_ATTACH, &call))
+	ret = control_call(QCOW_CTL_ATTACH, &call);
+	key_forget(&chain);
+	errno = ret;
+	if (ret)
 		return attach_failed(image, wanted, message);
 	printf("/dev/qcow%d\n", call.index);
 	if (fflush(stdout))

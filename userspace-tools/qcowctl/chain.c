@@ -231,6 +231,7 @@ int chain_open(struct chain *chain, const char *image)
 	int fd, ret, format = QCOW_FORMAT_QCOW2;
 	bool top = true, write;
 	char *path = xstrdup(image);
+	struct qcow_layer *layer;
 	struct header header;
 	struct rlimit limit;
 
@@ -250,13 +251,14 @@ int chain_open(struct chain *chain, const char *image)
 			return format_missing(chain, header.backing_name, fd);
 		chain->layers = xreallocarray(chain->layers, chain->layer_count + 1,
 					      sizeof(*chain->layers));
-		chain->layers[chain->layer_count++] = (struct qcow_layer) {
-			.fd = fd, .format = format,
-		};
+		layer = &chain->layers[chain->layer_count++];
+		*layer = (struct qcow_layer) { .fd = fd, .format = format };
 		chain->image = path;
 		if (format == QCOW_FORMAT_RAW)
 			return EXIT_OK;
 		ret = header_read(fd, path, top, &header) ?:
+		      (header.encryption && (top || !chain->image_only) ?
+		       key_unlock(chain, &header, layer) : EXIT_OK) ?:
 		      open_data_file(chain, &header, top ? chain->data_file : NULL, write);
 		if (ret || !*header.backing_name)
 			return ret;

@@ -26,6 +26,7 @@ enum { CHECK_CLEAN = 0, CHECK_ERRORS = 2, CHECK_LEAKS = 3 };
 #define TIMED_OUT	124
 #define EXIT_NOT_FOUND	127
 #define CANNOT_OPEN	126
+#define HAS_BITMAPS	125
 
 /* How QEMU is to open a file, without locking it. */
 static struct json_object *file_options(const char *path)
@@ -41,8 +42,9 @@ static struct json_object *file_options(const char *path)
 	return options;
 }
 
-char *qemu_name(const char *image, const char *data)
+char *qemu_name(const char *image, const char *data, int encryption)
 {
+	const char *format = encryption == QCOW_ENCRYPTION_LUKS ? "luks" : "aes";
 	struct json_object *options = json_object_new_object();
 	char *name;
 
@@ -51,6 +53,12 @@ char *qemu_name(const char *image, const char *data)
 	if (data)
 		json_object_object_add(options, "data-file", file_options(data));
 	json_object_object_add(options, "backing", NULL);
+	if (encryption) {
+		json_object_object_add(options, "encrypt.format",
+				       json_object_new_string(format));
+		json_object_object_add(options, "encrypt.key-secret",
+				       json_object_new_string("key"));
+	}
 	name = xasprintf("json:%s", json_object_to_json_string_ext(options,
 								   JSON_C_TO_STRING_PLAIN));
 	json_object_put(options);
@@ -79,46 +87,71 @@ int run_program(char **argv, bool quiet)
 	return WIFEXITED(status) ? WEXITSTATUS(status) : EXIT_SYSTEM;
 }
 
-/*
- * Run qemu-img check on an image, and its data file if it has one, for so many
- * @seconds at most, if not NULL. Returns what it exits with, or CANNOT_OPEN.
- */
-static int run_check(const char *image, const char *data, const char *seconds,
-		     bool repair, bool open_first, bool quiet)
-{
-	autofree char *name = qemu_name(image, data);
-	char *argv[] = {
-		"timeout", "--foreground", (char *)seconds,
-		"qemu-img", "check", name, repair ? "-r" : NULL, "all", NULL
-	};
-	char *opening[] = { "qemu-io", "-c", "quit", name, NULL };
-	int status = open_first ? run_program(opening, quiet) : 0;
+/* What qemu-img is to check, and how */
+struct job {
+	const char *image;
+	const char *data;	/* its data file, or NULL */
+	int encryption;		/* QCOW_ENCRYPTION_* */
+	int secret;		/* file with its passphrase, if it is encrypted */
+	const char *seconds;	/* that it may take, or NULL */
+	bool quiet;
+};
 
-	if (status)
-		return status == EXIT_NOT_FOUND ? status : CANNOT_OPEN;
-	return run_program(seconds ? argv : argv + 3, quiet);
+/*
+ * Run qemu-img check, or have qemu-io open the image as to write it if @opens.
+ * Returns what that exits with.
+ */
+static int run_qemu(const struct job *job, bool repair, bool opens)
+{
+	autofree char *name = qemu_name(job->image, job->data, job->encryption);
+	/* One that is not asked for does no harm. */
+	autofree char *secret = job->encryption ?
+		xasprintf("--object=secret,id=key,file=/dev/fd/%d", job->secret) :
+		xstrdup("--object=secret,id=key,data=");
+	char *argv[] = {
+		"timeout", "--foreground", (char *)job->seconds,
+		"qemu-img", "check", secret, name, repair ? "-r" : NULL, "all", NULL
+	};
+	char *opening[] = { "qemu-io", secret, "-c", "quit", name, NULL };
+
+	return run_program(opens ? opening : job->seconds ? argv : argv + 3, job->quiet);
 }
 
 /*
- * Where bitmaps or autoclear bits are not up to date, -r writes the header before it
- * has read the snapshot table, and frees all snapshots as leaks (QEMU 7.2). Opened
- * in the usual way, the image loses what is out of date, and keeps the snapshots.
+ * Where there are bitmaps, or autoclear bits that QEMU does not know, -r writes the
+ * header before it has read the snapshot table, and frees all snapshots as leaks (QEMU
+ * 7.2). Opened in the usual way, the image loses what is out of date, is repaired if
+ * it is dirty, and keeps the snapshots.
  */
 static bool loses_snapshots(const struct header *header)
 {
 	return header->snapshots &&
-	       (header->autoclear & ~(uint64_t)AUTOCLEAR_KNOWN ||
-		(header->bitmaps && !(header->autoclear & AUTOCLEAR_BITMAPS)));
+	       (header->autoclear & ~(uint64_t)AUTOCLEAR_KNOWN || header->bitmaps);
 }
 
 static int run_check_chain(const struct chain *chain, bool repair, bool quiet)
 {
 	bool data = chain->layers[0].flags & QCOW_LAYER_DATA_FILE;
 	struct header header;
+	struct job job = {
+		.image = chain->files[0].path,
+		.data = data ? chain->files[1].path : NULL,
+		.secret = chain->secret, .quiet = quiet,
+	};
+	int fd = chain->layers[0].fd, ret;
 
-	return header_read(chain->layers[0].fd, chain->files[0].path, true, &header) ?:
-	       run_check(chain->files[0].path, data ? chain->files[1].path : NULL, NULL,
-			 repair, repair && loses_snapshots(&header), quiet);
+	ret = header_read(fd, job.image, true, &header);
+	job.encryption = header.encryption;
+	if (ret || !repair || !loses_snapshots(&header))
+		return ret ?: run_qemu(&job, repair, false);
+	ret = run_qemu(&job, false, true);
+	if (ret)
+		return ret == EXIT_NOT_FOUND ? ret : CANNOT_OPEN;
+	ret = header_read(fd, job.image, true, &header);
+	if (ret || !loses_snapshots(&header))
+		return ret ?: run_qemu(&job, true, false);
+	ret = run_qemu(&job, false, false);
+	return ret == CHECK_ERRORS || ret == CHECK_LEAKS ? HAS_BITMAPS : ret;
 }
 
 int repair_dirty(const struct chain *chain, bool refuse)
@@ -150,7 +183,7 @@ int repair_dirty(const struct chain *chain, bool refuse)
 	return fail(EXIT_OK, "warning: %s: repaired", path);
 }
 
-enum { REPAIR, TIMEOUT, DATA_FILE, OPTIONS };
+enum { REPAIR, TIMEOUT, DATA_FILE, KEY_FILE, KEYRING, OPTIONS };
 
 static const struct option_help options[OPTIONS + 1] = {
 	[REPAIR] = { 'r', "repair", NULL, "mend what is wrong; not of a DEVICE" },
@@ -158,6 +191,8 @@ static const struct option_help options[OPTIONS + 1] = {
 		"most time for which a DEVICE's writers wait (default: 60)" },
 	[DATA_FILE] = { DATA_FILE, "data-file", "FILE",
 		"where an IMAGE's external data file is" },
+	[KEY_FILE] = { KEY_FILE, "key-file", "FILE", "has the passphrase of an encrypted image" },
+	[KEYRING] = { KEYRING, "keyring", "NAME", "take it from the user key of this name" },
 };
 
 /* What @status of qemu-img check means for the image @path. */
@@ -177,6 +212,9 @@ static int judge(int status, const char *path, bool repair, bool attached)
 			    path, first);
 	case CANNOT_OPEN:
 		return fail(EXIT_REFUSED, "%s: has snapshots, which qemu-img check -r may delete, and qemu-io cannot open it to prevent that; repair a copy, with qemu-img check -f qcow2 -r all",
+			    path);
+	case HAS_BITMAPS:
+		return fail(EXIT_REFUSED, "%s: has snapshots, which qemu-img check -r would delete where there are bitmaps, too; remove these first, with qemu-img bitmap --remove",
 			    path);
 	case EXIT_NOT_FOUND:
 		return fail(EXIT_SYSTEM, "%s: cannot run qemu-img, which checks images; install qemu-utils",
@@ -199,19 +237,42 @@ static int freeze_failed(const char *name)
 		    name);
 }
 
+/* Ask for the passphrase of a device's image, if it is encrypted. */
+static int device_secret(struct chain *chain, const char *image, struct job *job)
+{
+	struct qcow_layer layer = { .fd = open(image, O_RDONLY | O_CLOEXEC) };
+	struct header header;
+	int ret;
+
+	if (layer.fd < 0)
+		return fail(EXIT_ABSENT, "%s: %m; detach the device, and check its image", image);
+	chain->image = image;
+	chain->layers = &layer;
+	ret = header_read(layer.fd, image, true, &header);
+	if (!ret && header.encryption)
+		ret = key_unlock(chain, &header, &layer);
+	job->encryption = header.encryption;
+	job->secret = chain->secret;
+	close(layer.fd);
+	return ret;
+}
+
 /*
  * Check the image of a device while the driver has it frozen, and its locks, too.
  * However we end, so does that.
  */
-static int check_device(int index, const char *seconds)
+static int check_device(int index, const char *seconds, struct chain *chain)
 {
 	autofree char *name = xasprintf("/dev/qcow%d", index);
 	struct qcow_freeze freeze = {
 		.size = sizeof(freeze), .index = index, .timeout = atoi(seconds),
 	};
 	struct qcow_thaw thaw = { .size = sizeof(thaw), .index = index };
-	autofree char *image = NULL, *data = NULL, *read_only = NULL;
-	autofree char *swap = device_swap(index);
+	autofree char *image = attribute(index, "image");
+	autofree char *data = attribute(index, "data_file");
+	autofree char *read_only = attribute(index, "read_only");
+	autofree char *swap = device_swap(index), *now = NULL;
+	struct job job = { .image = image, .data = data, .seconds = seconds };
 	int status;
 
 	if (!control_open())
@@ -220,17 +281,21 @@ static int check_device(int index, const char *seconds)
 	if (swap)
 		return fail(EXIT_BUSY, "%s: in use as swap, which must not wait for a check; swapoff %s first",
 			    name, swap);
+	if (!image)
+		return not_attached(name);
+	status = device_secret(chain, image, &job);
+	if (status)
+		return status;
+	/* Of one that is read-only nobody waits for the end. */
+	if (read_only && !strcmp(read_only, "1"))
+		job.seconds = NULL;
 	if (control_call(QCOW_CTL_FREEZE, &freeze))
 		return freeze_failed(name);
-	image = attribute(index, "image");
-	data = attribute(index, "data_file");
-	read_only = attribute(index, "read_only");
-	if (!image || access(image, R_OK))
-		return fail(EXIT_ABSENT, "%s: its image %s cannot be reached by that name; detach it, and check the image",
-			    name, image ?: "");
-	/* Of one that is read-only nobody waits for the end. */
-	status = run_check(image, data, read_only && !strcmp(read_only, "1") ? NULL : seconds,
-			   false, false, false);
+	/* Meanwhile it may have become another device. */
+	now = attribute(index, "image");
+	if (!now || strcmp(now, image))
+		return fail(EXIT_BUSY, "%s: was just attached anew; try again", name);
+	status = run_qemu(&job, false, false);
 	if (control_call(QCOW_CTL_THAW, &thaw) || status == TIMED_OUT)
 		return fail(EXIT_BUSY, "%s: the check took longer than %s seconds, and what it said is of no meaning; use a larger --timeout, or detach it, and check %s",
 			    name, seconds, image);
@@ -246,6 +311,9 @@ static int check(const char * const *values, char **operands)
 		.must_write = repair,
 		.data_file = values[DATA_FILE],
 		.backing_format = QCOW_FORMAT_RAW,
+		.key_files = values[KEY_FILE],
+		.keyring = values[KEYRING],
+		.image_only = true,
 	};
 	const char *path = operands[0], *seconds = values[TIMEOUT] ?: "60";
 	int index = device_number(path), number, ret;
@@ -256,7 +324,7 @@ static int check(const char * const *values, char **operands)
 	if (index >= 0 && chain.data_file)
 		return fail(EXIT_USAGE, "check: --data-file goes with an image only; leave it out");
 	if (index >= 0 && !repair)
-		return check_device(index, seconds);
+		return check_device(index, seconds, &chain);
 	if (index >= 0) {
 		autofree char *name = xasprintf("/dev/qcow%d", index);
 		autofree char *image = attribute(index, "image");

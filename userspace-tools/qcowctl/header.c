@@ -18,6 +18,7 @@
 #define EXT_BACKING_FORMAT	0xe2792aca
 #define EXT_DATA_FILE		0x44415441
 #define EXT_BITMAPS		0x23852875
+#define EXT_ENCRYPTION		0x0537be77
 
 #define V2_HEADER_LENGTH	72
 #define V3_HEADER_LENGTH	104
@@ -92,6 +93,10 @@ static int read_extensions(const unsigned char *cluster, uint64_t offset,
 			snprintf(header->data_name, sizeof(header->data_name),
 				 "%.*s", (int)length, cluster + offset);
 		}
+		if (type == EXT_ENCRYPTION && length >= 16) {
+			header->luks_offset = get64(cluster + offset);
+			header->luks_size = get64(cluster + offset + 8);
+		}
 		header->bitmaps |= type == EXT_BITMAPS;
 		offset += ((uint64_t)length + 7) & ~7ULL;
 	}
@@ -107,6 +112,9 @@ static int parse(const unsigned char *cluster, uint64_t size, const char *path,
 	uint32_t name_size = get32(cluster + 16);
 
 	header->size = get64(cluster + 24);
+	header->encryption = get32(cluster + 32);
+	if (header->encryption > QCOW_ENCRYPTION_LUKS)
+		return damaged(path, "crypt_method is", header->encryption);
 	header->snapshots = get32(cluster + 60);
 	if (get32(cluster + 4) >= 3) {
 		length = get32(cluster + 100);
@@ -124,8 +132,13 @@ static int parse(const unsigned char *cluster, uint64_t size, const char *path,
 		end = name_offset;
 	}
 	/* Else there is nothing in them to look for. */
-	if (name_offset || header->incompatible & INCOMPAT_DATA_FILE || header->snapshots)
-		return read_extensions(cluster, length, end, path, header);
+	if ((name_offset || header->incompatible & INCOMPAT_DATA_FILE || header->snapshots ||
+	     header->encryption) &&
+	    read_extensions(cluster, length, end, path, header))
+		return EXIT_REFUSED;
+	if (header->encryption == QCOW_ENCRYPTION_LUKS &&
+	    (!header->luks_size || header->luks_size > MAX_LUKS_SIZE))
+		return damaged(path, "a LUKS header of length", header->luks_size);
 	return EXIT_OK;
 }
 

@@ -38,7 +38,7 @@ static const struct option_help info_options[INFO_OPTIONS + 1] = {
 static const char * const columns[] = {
 	"NAME", "SIZE", "RO", "DEPTH", "STATE", "IMAGE", "MAJ:MIN", "IO", "DISCARD",
 	"COMPRESS", "VERSION", "CLUSTER", "REFBITS", "OPENERS", "CACHE", "CACHE-LIMIT",
-	"CACHE-HITS", "CACHE-MISSES", "READS", "WRITES", "DISCARDS", "ZEROES",
+	"CACHE-HITS", "CACHE-MISSES", "CACHE-MODE", "READS", "WRITES", "DISCARDS", "ZEROES",
 	"FLUSHES", "ERRORS", "ALLOCATED", "FREED",
 };
 
@@ -50,6 +50,17 @@ static void add_text(struct json_object *object, const char *key, const char *te
 static void add_number(struct json_object *object, const char *key, uint64_t number)
 {
 	json_object_object_add(object, key, json_object_new_uint64(number));
+}
+
+static const char *encryption_name(__u32 encryption)
+{
+	static const char * const names[] = {
+		[QCOW_ENCRYPTION_NONE] = "none",
+		[QCOW_ENCRYPTION_AES] = "aes",
+		[QCOW_ENCRYPTION_LUKS] = "luks",
+	};
+
+	return encryption < ARRAY_SIZE(names) ? names[encryption] : "unknown";
 }
 
 static struct json_object *load_layer(int index, unsigned int layer)
@@ -68,6 +79,7 @@ static struct json_object *load_layer(int index, unsigned int layer)
 	if (status.format == QCOW_FORMAT_QCOW2) {
 		add_number(object, "version", status.version);
 		add_number(object, "cluster", status.cluster_size);
+		add_text(object, "encryption", encryption_name(status.encryption));
 	}
 	return object;
 }
@@ -124,6 +136,7 @@ static struct json_object *load_device(int index)
 	autofree char *path = xasprintf("/sys/block/qcow%d/dev", index);
 	autofree char *numbers = read_line(path);
 	autofree char *damage = attribute(index, "damage");
+	autofree char *cache_mode = attribute(index, "cache_mode");
 	struct json_object *device, *chain, *layer;
 	unsigned int i;
 
@@ -147,6 +160,8 @@ static struct json_object *load_device(int index)
 	json_object_object_add(device, "image",
 			       json_object_get(json_object_object_get(layer, "path")));
 	add_status(device, &status);
+	if (cache_mode)
+		add_text(device, "cache-mode", cache_mode);
 	if (damage && *damage)
 		add_text(device, "damage", damage);
 	json_object_object_add(device, "chain", chain);
@@ -319,7 +334,7 @@ static void print_lines(struct json_object *object, const char *indent)
 static void add_snapshots(struct json_object *device)
 {
 	const char *image = json_object_get_string(json_object_object_get(device, "image"));
-	autofree char *name = qemu_name(image, NULL);
+	autofree char *name = qemu_name(image, NULL, QCOW_ENCRYPTION_NONE);
 	autofree char *word = shell_quote(name);
 	autofree char *command = xasprintf("exec qemu-img info -U --output=json %s 2>/dev/null",
 					   word);

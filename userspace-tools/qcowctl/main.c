@@ -123,7 +123,8 @@ static int run(const struct command *command, int argc, char **argv)
 			return command_help(command);
 		for (i = 0; options[i].letter != c; i++)
 			;
-		values[i] = optarg ?: "";
+		values[i] = options[i].many && values[i] ?
+			    xasprintf("%s\n%s", values[i], optarg) : optarg ?: "";
 	}
 	argc -= optind;
 	if (argc < command->min || (command->max >= 0 && argc > command->max))

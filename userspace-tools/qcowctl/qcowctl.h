@@ -25,13 +25,14 @@ enum qcowctl_exit {
 
 /* main.c: the commands */
 
-#define MAX_OPTIONS	16
+#define MAX_OPTIONS	24
 
 struct option_help {
 	int letter;		/* or any number below MAX_OPTIONS that is not 0 */
 	const char *name;
 	const char *value;	/* what it takes, for people, in [] if it may; NULL for nothing */
 	const char *help;
+	bool many;		/* given again, it adds a line to its value */
 };
 
 struct command {
@@ -57,8 +58,11 @@ struct chain {
 	/* What is wanted. */
 	bool read_only;			/* the image, as the others always are */
 	bool must_write;		/* or else: not even if it can only be read */
+	bool image_only;		/* no keys for its backing files */
 	const char *data_file;		/* of the image; NULL: what its header says */
 	int backing_format;		/* where no header names it; or 0 */
+	const char *key_files;		/* a line for each encrypted layer; or NULL */
+	const char *keyring;		/* the name of a key in it; or NULL */
 
 	/* What was found. */
 	struct qcow_layer *layers;	/* for the driver, the image first */
@@ -69,9 +73,18 @@ struct chain {
 	} *files;			/* all that are open, to find loops */
 	unsigned int file_count;
 	const char *image;		/* path of the last layer */
+	int secret;			/* file with the image's passphrase, for qemu-img */
 };
 
+struct header;
 int chain_open(struct chain *chain, const char *image);
+
+/*
+ * key.c: ask for the passphrase of a layer, the last one, and fill in its key; wipe
+ * the keys of all layers.
+ */
+int key_unlock(struct chain *chain, const struct header *header, struct qcow_layer *layer);
+void key_forget(struct chain *chain);
 
 /*
  * check.c: repair a chain's image, opened for writing, if it has the dirty bit, or
@@ -81,9 +94,10 @@ int repair_dirty(const struct chain *chain, bool refuse);
 
 /*
  * The image @image, with its data file or NULL, by a name with which QEMU opens it
- * alone, without locks, and without probing what is below.
+ * alone, without locks, and without probing what is below. With an @encryption
+ * (QCOW_ENCRYPTION_*), the passphrase is the secret "key".
  */
-char *qemu_name(const char *image, const char *data);
+char *qemu_name(const char *image, const char *data, int encryption);
 
 /* Run a program, without its output if @quiet; what it exits with, or 127. */
 int run_program(char **argv, bool quiet);
@@ -95,10 +109,15 @@ struct header {
 	uint64_t autoclear;
 	uint32_t snapshots;		/* how many */
 	bool bitmaps;			/* looked for where there are snapshots */
+	uint32_t encryption;		/* QCOW_ENCRYPTION_* */
+	uint64_t luks_offset;		/* of the LUKS header, bytes */
+	uint64_t luks_size;		/* 1 to MAX_LUKS_SIZE, with LUKS */
 	char backing_name[1024];
 	char backing_format[16];
 	char data_name[4096];
 };
+
+#define MAX_LUKS_SIZE		(64U << 20)
 
 #define INCOMPAT_DIRTY		1
 #define INCOMPAT_CORRUPT	2

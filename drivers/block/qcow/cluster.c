@@ -532,8 +532,8 @@ static int qcow_fill_prepare(struct qcow_chain *chain, u64 guest_offset,
 	if (err || (zero && zeroed))
 		return err;
 	if (zero && length > QCOW_MERGE_FILL)
-		return qcow_file_write_zeroes(qcow_data_file(image), length,
-					      host_offset);
+		return qcow_data_write_zeroes(image, length, host_offset,
+					      guest_offset);
 	if (zero) {
 		fill->length = length;
 		return 0;
@@ -559,8 +559,8 @@ static int qcow_fill_prepare(struct qcow_chain *chain, u64 guest_offset,
 
 		step = min(step, length);
 		err = qcow_chain_read(chain, guest_offset, step, copy) ?:
-		      qcow_file_write(qcow_data_file(image), copy, step,
-				      host_offset);
+		      qcow_data_write(image, copy, step, host_offset,
+				      guest_offset);
 		guest_offset += step;
 		host_offset += step;
 		length -= step;
@@ -619,6 +619,8 @@ static int qcow_write_allocate(struct qcow_image *image,
 	err = qcow_alloc_clusters(image, write->count, &cluster, &got, zeroed);
 	if (err)
 		return err;
+	/* Zeroes are not zero when they are encrypted. */
+	*zeroed &= !image->crypt;
 	write->fresh = true;
 	write->count = got;
 	write->host_offset = cluster << image->cluster_bits;
@@ -756,17 +758,18 @@ void qcow_write_end(struct qcow_write *write, int error)
  * @image: the top layer
  * @fill: from qcow_write_begin()
  * @host_offset: where in the data file, bytes
+ * @guest_offset: where on the disk
  *
  * Return: 0 or an errno.
  */
 int qcow_fill_write(struct qcow_image *image, const struct qcow_fill *fill,
-		    u64 host_offset)
+		    u64 host_offset, u64 guest_offset)
 {
 	if (!fill->length)
 		return 0;
 	if (!fill->copy)
-		return qcow_file_write_zeroes(qcow_data_file(image),
-					      fill->length, host_offset);
-	return qcow_file_write(qcow_data_file(image), fill->copy, fill->length,
-			       host_offset);
+		return qcow_data_write_zeroes(image, fill->length, host_offset,
+					      guest_offset);
+	return qcow_data_write(image, fill->copy, fill->length, host_offset,
+			       guest_offset);
 }

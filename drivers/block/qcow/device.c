@@ -110,6 +110,10 @@ static void qcow_device_describe(struct qcow_device *dev,
 		status->flags |= QCOW_STATUS_AUTOCLEAR;
 	if (READ_ONCE(dev->frozen))
 		status->flags |= QCOW_STATUS_FROZEN;
+	if (dev->write_through)
+		status->flags |= QCOW_STATUS_WRITE_THROUGH;
+	if (dev->no_flush)
+		status->flags |= QCOW_STATUS_NO_FLUSH;
 	status->layer_count = dev->chain->depth;
 	status->virtual_size = image->size;
 	status->version = image->header.version;
@@ -186,6 +190,20 @@ static ssize_t snapshot_show(struct device *dev, struct device_attribute *attr,
 }
 static DEVICE_ATTR_RO(snapshot);
 
+static ssize_t encryption_show(struct device *dev,
+			       struct device_attribute *attr, char *buf)
+{
+	static const char * const names[] = {
+		[QCOW_ENCRYPTION_NONE] = "none",
+		[QCOW_ENCRYPTION_AES] = "aes",
+		[QCOW_ENCRYPTION_LUKS] = "luks",
+	};
+	const struct qcow_image *image = qcow_device_of(dev)->chain->layers[0];
+
+	return sysfs_emit(buf, "%s\n", names[image->header.crypt_method]);
+}
+static DEVICE_ATTR_RO(encryption);
+
 static ssize_t damage_show(struct device *dev, struct device_attribute *attr,
 			   char *buf)
 {
@@ -222,6 +240,24 @@ static ssize_t name##_show(struct device *dev,				\
 }									\
 static DEVICE_ATTR_RO(name)
 
+/* In QEMU's terms */
+static ssize_t cache_mode_show(struct device *dev,
+			       struct device_attribute *attr, char *buf)
+{
+	struct qcow_device *qdev = qcow_device_of(dev);
+	const struct qcow_file *file = &qdev->chain->layers[0]->file;
+	const char *mode;
+
+	if (qdev->no_flush)
+		mode = "unsafe";
+	else if (qdev->write_through)
+		mode = file->direct ? "directsync" : "writethrough";
+	else
+		mode = file->direct ? "none" : "writeback";
+	return sysfs_emit(buf, "%s\n", mode);
+}
+static DEVICE_ATTR_RO(cache_mode);
+
 QCOW_STATUS_ATTR(format_version, version);
 QCOW_STATUS_ATTR(virtual_size, virtual_size);
 QCOW_STATUS_ATTR(cluster_size, cluster_size);
@@ -245,7 +281,9 @@ static struct attribute *qcow_attrs[] = {
 	&dev_attr_image.attr,
 	&dev_attr_data_file.attr,
 	&dev_attr_snapshot.attr,
+	&dev_attr_encryption.attr,
 	&dev_attr_damage.attr,
+	&dev_attr_cache_mode.attr,
 	&dev_attr_format_version.attr,
 	&dev_attr_virtual_size.attr,
 	&dev_attr_cluster_size.attr,
@@ -443,6 +481,7 @@ static int qcow_device_close_chain(struct qcow_device *dev)
 static int qcow_device_open_chain(struct qcow_device *dev,
 				  const struct qcow_attach *args,
 				  const struct qcow_layer *layers,
+				  const struct qcow_key *keys,
 				  const char *snapshot,
 				  struct qcow_message *msg)
 {
@@ -461,11 +500,13 @@ static int qcow_device_open_chain(struct qcow_device *dev,
 			.file = dev->files[2 * i],
 			.data = dev->files[2 * i + 1],
 			.snapshot = i ? NULL : snapshot,
+			.key = keys[i].data ? &keys[i] : NULL,
 			.format = layers[i].format,
 			.io_mode = args->io_mode,
 			.writable = !i && !dev->read_only,
 			/* What is kept in its tables is about this chain. */
 			.alone = !i && dev->nr_layers > 2,
+			.no_flush = dev->no_flush,
 		};
 
 		err = fatal_signal_pending(current) ? -EINTR :
@@ -540,7 +581,7 @@ static void qcow_device_limits(const struct qcow_device *dev,
 		.max_hw_sectors = QCOW_MAX_SECTORS,
 		.max_segments = QCOW_MAX_SEGMENTS,
 		.max_write_zeroes_sectors = zero ? most : 0,
-		.write_cache = !dev->read_only,
+		.write_cache = !dev->read_only && !dev->write_through,
 		.stable_writes = qcow_stable_writes(dev->files[1] ?:
 						    dev->files[0]),
 	};
@@ -596,6 +637,7 @@ static void qcow_detach_work_fn(struct work_struct *work);
  * qcow_device_attach - make a device
  * @args: what kind of; its numbers have been checked
  * @layers: the files, in kernel memory; @args->layer_count of them
+ * @keys: as many, those that are none without data
  * @snapshot: ID or name of the internal snapshot to show, or NULL for the disk
  * @msg: where to say what is wrong
  * @index: its number
@@ -607,7 +649,8 @@ static void qcow_detach_work_fn(struct work_struct *work);
  * or another errno, with @msg saying more.
  */
 int qcow_device_attach(const struct qcow_attach *args,
-		       const struct qcow_layer *layers, const char *snapshot,
+		       const struct qcow_layer *layers,
+		       const struct qcow_key *keys, const char *snapshot,
 		       struct qcow_message *msg, int *index)
 {
 	struct qcow_image *image;
@@ -626,6 +669,8 @@ int qcow_device_attach(const struct qcow_attach *args,
 	dev->discard = args->discard;
 	dev->read_only = args->flags & QCOW_ATTACH_READ_ONLY;
 	dev->autoclear = args->flags & QCOW_ATTACH_AUTOCLEAR;
+	dev->write_through = args->flags & QCOW_ATTACH_WRITE_THROUGH;
+	dev->no_flush = args->flags & QCOW_ATTACH_NO_FLUSH;
 	dev->no_inline = args->flags & QCOW_ATTACH_NO_INLINE;
 	INIT_WORK(&dev->detach_work, qcow_detach_work_fn);
 	lockdep_register_key(&dev->flush_key);
@@ -656,12 +701,13 @@ int qcow_device_attach(const struct qcow_attach *args,
 	err = mutex_lock_killable(&qcow_chains_mutex);
 	if (err)
 		goto err_files;
-	err = qcow_device_open_chain(dev, args, layers, snapshot, msg);
+	err = qcow_device_open_chain(dev, args, layers, keys, snapshot, msg);
 	mutex_unlock(&qcow_chains_mutex);
 	if (err)
 		goto err_files;
 	err = qcow_pack_init(dev->chain->layers[0], args->compress, msg) ?:
 	      qcow_requests_init(dev) ?:
+	      qcow_bitmaps_begin(dev->chain->layers[0], msg) ?:
 	      qcow_image_clear_autoclear(dev->chain->layers[0]);
 	if (err)
 		goto err_requests;
@@ -924,6 +970,7 @@ int qcow_device_layer(struct qcow_layer_status *status, char *buf,
 	status->direct = image->file.direct;
 	status->version = 0;
 	status->cluster_size = 0;
+	status->encryption = image->header.crypt_method;
 	if (image->format == QCOW_FORMAT_QCOW2) {
 		status->version = image->header.version;
 		status->cluster_size = qcow_cluster_size(image);

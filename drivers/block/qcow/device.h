@@ -60,6 +60,8 @@ struct qcow_device_stats {
  * @nr_layers: half as many
  * @discard: QCOW_DISCARD_*
  * @read_only: the device refuses writes
+ * @write_through: what a write has written is durable when it is done
+ * @no_flush: nothing that is written is made durable
  * @no_inline: each request is for a worker
  * @inline_skip: after how many writes the next one is tried without a worker, since
  *	the last ones were in vain
@@ -98,6 +100,8 @@ struct qcow_device {
 	unsigned int nr_layers;
 	u32 discard;
 	bool read_only;
+	bool write_through;
+	bool no_flush;
 	bool no_inline;
 	unsigned int inline_skip;
 	unsigned int inline_left;
@@ -147,7 +151,8 @@ void qcow_inline_exit(const struct qcow_inline *saved);
 /* ---- device.c ------------------------------------------------------------ */
 
 int qcow_device_attach(const struct qcow_attach *args,
-		       const struct qcow_layer *layers, const char *snapshot,
+		       const struct qcow_layer *layers,
+		       const struct qcow_key *keys, const char *snapshot,
 		       struct qcow_message *msg, int *index);
 int qcow_device_detach(int index, bool deferred);
 int qcow_device_status(struct qcow_status *status, char *buf);

@@ -22,17 +22,21 @@ enum qcow_zero_how {
 };
 
 static int qcow_zero_in_place(struct qcow_image *image, u64 host_offset,
-			      u64 length, enum qcow_zero_how how)
+			      u64 guest_offset, u64 length,
+			      enum qcow_zero_how how)
 {
 	int err = qcow_overlap_check_data(image, host_offset, length);
 
 	if (err)
 		return err;
-	if (how != QCOW_ZERO_WRITE &&
+	/* What is empty does not decrypt to zeroes. */
+	if (image->crypt && how == QCOW_ZERO_ADVISE)
+		return 0;
+	if (how != QCOW_ZERO_WRITE && !image->crypt &&
 	    (!qcow_file_punch(qcow_data_file(image), host_offset, length) ||
 	     how == QCOW_ZERO_ADVISE))
 		return 0;
-	return qcow_file_write_zeroes(qcow_data_file(image), length, host_offset);
+	return qcow_data_write_zeroes(image, length, host_offset, guest_offset);
 }
 
 /*
@@ -53,9 +57,12 @@ static int qcow_zero_data(struct qcow_chain *chain, u64 guest_offset,
 		err = qcow_map(chain, 0, guest_offset, length, &extent);
 		if (!err && extent.in_place && extent.image == image)
 			err = qcow_zero_in_place(image, extent.host_offset,
-						 extent.length, how);
-		else if (!err && extent.type == QCOW_EXTENT_ZERO && image->data_raw)
-			err = qcow_zero_in_place(image, guest_offset, extent.length,
+						 guest_offset, extent.length,
+						 how);
+		else if (!err && extent.type == QCOW_EXTENT_ZERO &&
+			 image->data_raw && !image->crypt)
+			err = qcow_zero_in_place(image, guest_offset,
+						 guest_offset, extent.length,
 						 how ?: QCOW_ZERO_PUNCH);
 		qcow_image_exit(image, epoch);
 		if (err)
@@ -70,11 +77,13 @@ static int qcow_zero_data(struct qcow_chain *chain, u64 guest_offset,
 				return err;
 			host = write.host_offset + write.data_offset;
 			err = qcow_fill_write(image, &write.head,
-					      host - write.head.length) ?:
-			      qcow_file_write_zeroes(qcow_data_file(image),
-						     write.length, host) ?:
+					      host - write.head.length,
+					      guest_offset - write.head.length) ?:
+			      qcow_data_write_zeroes(image, write.length, host,
+						     guest_offset) ?:
 			      qcow_fill_write(image, &write.tail,
-					      host + write.length);
+					      host + write.length,
+					      guest_offset + write.length);
 			extent.length = write.length;
 			qcow_write_end(&write, err);
 			if (err)
@@ -426,6 +435,9 @@ int qcow_discard(struct qcow_chain *chain, u64 guest_offset, u64 length,
 	/* Without a zero flag the content of the backing file would appear. */
 	if (image->header.version < 3 && chain->depth > 1)
 		return 0;
+	/* And without one, what is punched has to read as zeroes by itself. */
+	if (image->header.version < 3 && image->crypt)
+		keep = false;
 	qcow_whole_clusters(image, guest_offset, length, &first, &end);
 	return qcow_clear_clusters(chain, first, end, keep ?
 				   QCOW_CLEAR_PUNCH : QCOW_CLEAR_DISCARD);

@@ -371,17 +371,30 @@ int qcow_file_rw(struct qcow_file *f, struct iov_iter *iter, loff_t pos,
 	return 0;
 }
 
-static int qcow_file_buf(struct qcow_file *f, void *buf, size_t len, loff_t pos,
-			 unsigned int dir)
+/**
+ * qcow_file_buf_iter - describe memory of the kernel
+ * @iter: to be filled in
+ * @vec: what it refers to
+ * @buf: lowmem, physically contiguous
+ * @len: bytes
+ * @dir: ITER_SOURCE or ITER_DEST
+ */
+void qcow_file_buf_iter(struct iov_iter *iter, struct bio_vec *vec,
+			const void *buf, size_t len, unsigned int dir)
 {
-	struct bio_vec bvec = {
-		.bv_page = virt_to_page(buf),
-		.bv_len = len,
-		.bv_offset = offset_in_page(buf),
-	};
+	vec->bv_page = virt_to_page(buf);
+	vec->bv_len = len;
+	vec->bv_offset = offset_in_page(buf);
+	iov_iter_bvec(iter, dir, vec, 1, len);
+}
+
+static int qcow_file_buf(struct qcow_file *f, const void *buf, size_t len,
+			 loff_t pos, unsigned int dir)
+{
+	struct bio_vec vec;
 	struct iov_iter iter;
 
-	iov_iter_bvec(&iter, dir, &bvec, 1, len);
+	qcow_file_buf_iter(&iter, &vec, buf, len, dir);
 	return qcow_file_rw(f, &iter, pos, 0);
 }
 
@@ -412,7 +425,7 @@ int qcow_file_read(struct qcow_file *f, void *buf, size_t len, loff_t pos)
 int qcow_file_write(struct qcow_file *f, const void *buf, size_t len,
 		    loff_t pos)
 {
-	return qcow_file_buf(f, (void *)buf, len, pos, ITER_SOURCE);
+	return qcow_file_buf(f, buf, len, pos, ITER_SOURCE);
 }
 
 /**
@@ -476,7 +489,7 @@ int qcow_file_write_zeroes(struct qcow_file *f, u64 len, loff_t pos)
  */
 int qcow_file_sync(struct qcow_file *f)
 {
-	return vfs_fsync(f->file, 1);
+	return f->no_sync ? 0 : vfs_fsync(f->file, 1);
 }
 
 /**

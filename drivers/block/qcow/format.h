@@ -74,6 +74,7 @@ struct qcow_disk_header {
 #define QCOW_AUTOCLEAR_BITMAPS		BIT_ULL(0)
 #define QCOW_AUTOCLEAR_RAW_DATA_FILE	BIT_ULL(1)
 
+/* As in QCOW_ENCRYPTION_* of the control interface */
 #define QCOW_CRYPT_NONE			0U
 #define QCOW_CRYPT_AES			1U
 #define QCOW_CRYPT_LUKS			2U

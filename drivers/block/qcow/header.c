@@ -33,6 +33,9 @@
 #define QCOW_MAX_BITMAPS			65535U
 #define QCOW_MAX_BITMAP_DIRECTORY_BYTES		(65535ULL * 1024)
 
+/* A LUKS header with all its key slots has about 2 MiB. */
+#define QCOW_MAX_ENCRYPTION_BYTES		(64U << 20)
+
 #define QCOW_FEATURE_INCOMPATIBLE		0
 
 /* Data of the bitmaps extension */
@@ -41,6 +44,12 @@ struct qcow_disk_bitmaps {
 	__be32 reserved;
 	__be64 directory_size;
 	__be64 directory_offset;
+} __packed;
+
+/* Data of the encryption header extension */
+struct qcow_disk_encryption {
+	__be64 offset;
+	__be64 length;
 } __packed;
 
 /**
@@ -272,14 +281,6 @@ static int check_compression(const struct qcow_header *header,
 	return 0;
 }
 
-static int refuse_feature(struct qcow_message *msg, const char *feature)
-{
-	qcow_message_set(msg,
-			 "the image uses %s, which this driver does not support yet",
-			 feature);
-	return -EOPNOTSUPP;
-}
-
 static int check_data_file(const struct qcow_header *header, bool writable,
 			   struct qcow_message *msg)
 {
@@ -309,19 +310,12 @@ static int check_data_file(const struct qcow_header *header, bool writable,
 static int check_encryption(const struct qcow_header *header,
 			    struct qcow_message *msg)
 {
-	switch (header->crypt_method) {
-	case QCOW_CRYPT_NONE:
+	if (header->crypt_method <= QCOW_CRYPT_LUKS)
 		return 0;
-	case QCOW_CRYPT_AES:
-		return refuse_feature(msg, "AES encryption");
-	case QCOW_CRYPT_LUKS:
-		return refuse_feature(msg, "LUKS encryption");
-	default:
-		qcow_message_set(msg,
-				 "crypt_method is %u; expected 0 (none), 1 (AES) or 2 (LUKS)",
-				 header->crypt_method);
-		return -EINVAL;
-	}
+	qcow_message_set(msg,
+			 "crypt_method is %u; expected 0 (none), 1 (AES) or 2 (LUKS)",
+			 header->crypt_method);
+	return -EINVAL;
 }
 
 /**
@@ -543,8 +537,46 @@ static int check_bitmaps_extension(const struct qcow_extension_walk *walk,
 				 directory_offset, cluster_size);
 		return -EINVAL;
 	}
+	header->nb_bitmaps = nb_bitmaps;
 	header->bitmap_directory_offset = directory_offset;
 	header->bitmap_directory_size = directory_size;
+	return 0;
+}
+
+static int check_encryption_extension(const struct qcow_extension_walk *walk,
+				      struct qcow_header *header,
+				      struct qcow_message *msg)
+{
+	u32 cluster_size = 1U << header->cluster_bits;
+	struct qcow_disk_encryption encryption;
+
+	if (header->crypt_method != QCOW_CRYPT_LUKS) {
+		qcow_message_set(msg,
+				 "encryption header extension found, but crypt_method is %u; expected 2 (LUKS)",
+				 header->crypt_method);
+		return -EINVAL;
+	}
+	if (walk->length != sizeof(encryption)) {
+		qcow_message_set(msg,
+				 "encryption header extension has length %u; expected %zu",
+				 walk->length, sizeof(encryption));
+		return -EINVAL;
+	}
+	memcpy(&encryption, walk->data, sizeof(encryption));
+	header->encryption_offset = be64_to_cpu(encryption.offset);
+	header->encryption_size = be64_to_cpu(encryption.length);
+	if (!header->encryption_offset ||
+	    header->encryption_offset & (cluster_size - 1) ||
+	    header->encryption_offset > QCOW_MAX_HOST_OFFSET ||
+	    !header->encryption_size ||
+	    header->encryption_size > QCOW_MAX_ENCRYPTION_BYTES) {
+		qcow_message_set(msg,
+				 "the encryption header is %llu bytes at %llu; expected at most %u, at a multiple of the cluster size %u that is not 0",
+				 header->encryption_size,
+				 header->encryption_offset,
+				 QCOW_MAX_ENCRYPTION_BYTES, cluster_size);
+		return -EINVAL;
+	}
 	return 0;
 }
 
@@ -580,12 +612,17 @@ static int parse_extensions(const void *buf, u32 cluster_size,
 				return ret;
 			break;
 		case QCOW_EXT_CRYPTO_HEADER:
-			/* LUKS was refused already, so this is out of place. */
-			qcow_message_set(msg,
-					 "encryption header extension found, but crypt_method is %u; expected 2 (LUKS)",
-					 header->crypt_method);
-			return -EINVAL;
+			ret = check_encryption_extension(&walk, header, msg);
+			if (ret)
+				return ret;
+			break;
 		}
+	}
+	if (!ret && header->crypt_method == QCOW_CRYPT_LUKS &&
+	    !header->encryption_size) {
+		qcow_message_set(msg,
+				 "crypt_method is 2 (LUKS), but there is no encryption header extension");
+		return -EINVAL;
 	}
 	return ret;
 }

@@ -43,8 +43,11 @@ void qcow_message_set(struct qcow_message *msg, const char *fmt, ...);
  * @header_length: bytes; 72 for version 2
  * @backing_offset: where the backing file's name is, 0 if there is none
  * @backing_size: length of that name in bytes, 0 if there is none
+ * @nb_bitmaps: persistent bitmaps, if they are to be believed
  * @bitmap_directory_offset: host offset of the bitmap directory, bytes
  * @bitmap_directory_size: its length in bytes, 0 if there is none
+ * @encryption_offset: host offset of the LUKS header, bytes
+ * @encryption_size: its length in bytes, 0 if there is none
  * @backing_format: the backing file's format as the header names it, or ""
  */
 struct qcow_header {
@@ -67,8 +70,11 @@ struct qcow_header {
 	u32 header_length;
 	u64 backing_offset;
 	u32 backing_size;
+	u32 nb_bitmaps;
 	u64 bitmap_directory_offset;
 	u64 bitmap_directory_size;
+	u64 encryption_offset;
+	u64 encryption_size;
 	char backing_format[QCOW_MAX_BACKING_FORMAT + 1];
 };
 

@@ -325,6 +325,8 @@ static void qcow_image_free(struct qcow_image *image)
 	qcow_cache_drop_all(image);
 	qcow_unpack_drop_all(image);
 	qcow_pack_exit(image);
+	qcow_crypt_exit(image);
+	qcow_bitmaps_exit(image);
 	xa_destroy(&image->metadata);
 	kvfree(image->known);
 	mempool_exit(&image->free_pool);
@@ -414,14 +416,14 @@ qcow_image_find(const struct qcow_image_source *source, struct qcow_message *msg
 		}
 		if (qcow_same_file(image->file.file, source->file) &&
 		    qcow_same_file(image->data.file, source->data) &&
-		    !image->alone &&
+		    !image->alone && !image->crypt &&
 		    !strcmp(image->snapshot ?: "", source->snapshot ?: "") &&
 		    image->format == source->format &&
 		    (source->io_mode == QCOW_IO_AUTO ||
 		     image->file.direct == direct))
 			found = image;
 	}
-	return source->alone ? NULL : found;
+	return source->alone || source->key ? NULL : found;
 }
 
 /* The external data file, if the image has one. */
@@ -501,11 +503,19 @@ int qcow_image_open(const struct qcow_image_source *source,
 		image->size = round_up(qcow_file_size(&image->file), QCOW_SECTOR);
 	else
 		err = qcow_open_qcow2(image, source->snapshot, msg) ?:
-		      qcow_open_data_file(image, source, msg);
+		      qcow_open_data_file(image, source, msg) ?:
+		      qcow_crypt_init(image, source->key, msg);
 	if (!err && source->writable)
 		err = qcow_open_writable(image, msg);
 	if (err)
 		goto out_free;
+	if (source->no_flush) {
+		image->file.no_sync = true;
+		image->data.no_sync = true;
+		/* A commit costs less. */
+		image->file.dsync = false;
+		image->data.dsync = false;
+	}
 	list_add(&image->registry, &qcow_images);
 	*imagep = image;
 	goto out_unlock;
@@ -529,7 +539,8 @@ out_unlock:
  */
 int qcow_image_clear_autoclear(struct qcow_image *image)
 {
-	u64 maintained = image->data_raw ? QCOW_AUTOCLEAR_RAW_DATA_FILE : 0;
+	u64 maintained = (image->data_raw ? QCOW_AUTOCLEAR_RAW_DATA_FILE : 0) |
+			 (image->bitmaps ? QCOW_AUTOCLEAR_BITMAPS : 0);
 	__be64 autoclear = cpu_to_be64(image->header.autoclear & maintained);
 
 	if (!image->writable || !(image->header.autoclear & ~maintained))
@@ -556,10 +567,16 @@ static int qcow_image_clear_dirty(struct qcow_image *image)
 /* Write everything that is left, and give back what was grown ahead of use. */
 static int qcow_image_write_all(struct qcow_image *image)
 {
+	int err, bitmaps_err = 0;
 	u64 end;
-	int err;
 
 	err = qcow_commit_all(image);
+	if (!err && !qcow_image_error(image)) {
+		bitmaps_err = qcow_bitmaps_store(image);
+		/* What that has left behind. */
+		if (bitmaps_err)
+			err = qcow_commit_all(image);
+	}
 	/* With nothing left to do, or after a failure, none of them arms another. */
 	if (err)
 		WRITE_ONCE(image->failed, true);
@@ -574,7 +591,7 @@ static int qcow_image_write_all(struct qcow_image *image)
 		err = qcow_file_truncate(&image->file, end);
 	if (!err)
 		err = qcow_file_sync(&image->file);
-	return err ?: qcow_image_clear_dirty(image);
+	return err ?: qcow_image_clear_dirty(image) ?: bitmaps_err;
 }
 
 static int qcow_image_write_dirty(struct qcow_image *image)

@@ -107,6 +107,11 @@ static int qcow_copy_layers(const struct qcow_attach *args,
 			return err;
 		if (layer->flags & ~QCOW_LAYER_FLAGS_ALL ||
 		    (layer->data_fd && !(layer->flags & QCOW_LAYER_DATA_FILE)) ||
+		    (!(layer->flags & QCOW_LAYER_KEY) &&
+		     (layer->key || layer->cipher || layer->key_size ||
+		      layer->cipher_size)) ||
+		    (layer->flags & QCOW_LAYER_KEY &&
+		     layer->format == QCOW_FORMAT_RAW) ||
 		    (layer->format != QCOW_FORMAT_RAW &&
 		     layer->format != QCOW_FORMAT_QCOW2))
 			return -EINVAL;
@@ -114,8 +119,53 @@ static int qcow_copy_layers(const struct qcow_attach *args,
 	return 0;
 }
 
+static void qcow_free_keys(struct qcow_key *keys, u32 count)
+{
+	u32 i;
+
+	for (i = 0; keys && i < count; i++) {
+		kfree(keys[i].cipher);
+		kfree_sensitive(keys[i].data);
+	}
+	kvfree(keys);
+}
+
+/* Fill in the keys of those layers that have one. */
+static int qcow_copy_keys(const struct qcow_layer *layers,
+			  struct qcow_key *keys, u32 count)
+{
+	u32 i;
+
+	for (i = 0; i < count; i++) {
+		const struct qcow_layer *layer = &layers[i];
+		void *data;
+		char *cipher;
+
+		if (!(layer->flags & QCOW_LAYER_KEY))
+			continue;
+		if (!layer->key_size || layer->key_size > QCOW_KEY_MAX ||
+		    !layer->cipher_size || layer->cipher_size > QCOW_CIPHER_MAX)
+			return -EINVAL;
+		cipher = memdup_user_nul(u64_to_user_ptr(layer->cipher),
+					 layer->cipher_size);
+		if (IS_ERR(cipher))
+			return PTR_ERR(cipher);
+		keys[i].cipher = cipher;
+		if (strlen(cipher) != layer->cipher_size)
+			return -EINVAL;
+		data = memdup_user(u64_to_user_ptr(layer->key),
+				   layer->key_size);
+		if (IS_ERR(data))
+			return PTR_ERR(data);
+		keys[i].data = data;
+		keys[i].size = layer->key_size;
+	}
+	return 0;
+}
+
 static int qcow_ctl_attach(void __user *arg)
 {
+	struct qcow_key *keys = NULL;
 	struct qcow_message msg = {};
 	struct qcow_layer *layers;
 	char *snapshot = NULL;
@@ -147,10 +197,17 @@ static int qcow_ctl_attach(void __user *arg)
 	layers = kvcalloc(args.layer_count, sizeof(*layers), GFP_KERNEL);
 	err = layers ? qcow_copy_layers(&args, layers) : -ENOMEM;
 	if (!err) {
-		err = qcow_device_attach(&args, layers, snapshot, &msg, &index);
+		keys = kvcalloc(args.layer_count, sizeof(*keys), GFP_KERNEL);
+		err = keys ? qcow_copy_keys(layers, keys, args.layer_count) :
+			     -ENOMEM;
+	}
+	if (!err) {
+		err = qcow_device_attach(&args, layers, keys, snapshot, &msg,
+					 &index);
 		if (err)
 			qcow_message_copy_out(&args, &msg);
 	}
+	qcow_free_keys(keys, args.layer_count);
 	kvfree(layers);
 	kfree(snapshot);
 	if (err)
@@ -227,6 +284,8 @@ static int qcow_ctl_layer(void __user *arg)
 	err = qcow_copy_in(&args, sizeof(args), arg, &user_size);
 	if (err)
 		return err;
+	if (args.reserved)
+		return -EINVAL;
 	if (args.index < 0)
 		return -ENODEV;
 	path_size = args.path_size;

@@ -717,15 +717,16 @@ bool qcow_chain_is_zero(struct qcow_chain *chain, unsigned int first,
 }
 
 /* Read all of an extent. */
-static int qcow_extent_read(const struct qcow_extent *extent, void *buf)
+static int qcow_extent_read(const struct qcow_extent *extent, u64 guest_offset,
+			    void *buf)
 {
 	struct kvec vec = { .iov_base = buf, .iov_len = extent->length };
 	struct iov_iter iter;
 
 	switch (extent->type) {
 	case QCOW_EXTENT_DATA:
-		return qcow_file_read(qcow_data_file(extent->image), buf,
-				      extent->length, extent->host_offset);
+		return qcow_data_read(extent->image, buf, extent->length,
+				      extent->host_offset, guest_offset);
 	case QCOW_EXTENT_COMPRESSED:
 		iov_iter_kvec(&iter, ITER_DEST, &vec, 1, extent->length);
 		return qcow_unpack_read(extent->image, extent->descriptor,
@@ -757,7 +758,7 @@ int qcow_chain_read(struct qcow_chain *chain, u64 guest_offset, u64 length,
 		epoch = qcow_image_enter(chain->layers[0]);
 		err = qcow_map(chain, 0, guest_offset, length, &extent);
 		if (!err)
-			err = qcow_extent_read(&extent, buf);
+			err = qcow_extent_read(&extent, guest_offset, buf);
 		qcow_image_exit(chain->layers[0], epoch);
 		if (err)
 			return err;

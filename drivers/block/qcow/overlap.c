@@ -54,6 +54,8 @@ static const char * const qcow_metadata_names[] = {
 	[QCOW_METADATA_SNAPSHOTS] = "snapshot table",
 	[QCOW_METADATA_SNAPSHOT_L1] = "snapshot's L1 table",
 	[QCOW_METADATA_BITMAPS] = "bitmap directory",
+	[QCOW_METADATA_BITMAP] = "bitmap",
+	[QCOW_METADATA_ENCRYPTION] = "encryption header",
 };
 
 /*
@@ -225,6 +227,43 @@ int qcow_overlap_check_data(struct qcow_image *image, u64 host_offset,
 }
 
 /**
+ * qcow_overlap_is_only - is there nothing but one kind of metadata in a range
+ * @image: a writable image
+ * @kind: the kind, which all of its clusters are to have; -1 for none at all
+ * @host_offset: bytes
+ * @length: bytes, not 0
+ *
+ * Context: any.
+ *
+ * Return: true if so.
+ */
+bool qcow_overlap_is_only(struct qcow_image *image, int kind, u64 host_offset,
+			  u64 length)
+{
+	unsigned long cluster, last;
+	void *entry;
+	u64 known;
+	size_t i;
+
+	if (!qcow_overlap_range(image, host_offset, length, &cluster, &last))
+		return false;
+	host_offset &= ~(u64)(qcow_cluster_size(image) - 1);
+	for (i = qcow_known_from(image, host_offset); i < image->nr_known; i++) {
+		known = READ_ONCE(image->known[i]);
+		if (known >> image->cluster_bits > last)
+			break;
+		if ((known & QCOW_KNOWN_KIND) != QCOW_KNOWN_NOTHING)
+			return false;
+	}
+	for (; cluster <= last; cluster++) {
+		entry = xa_load(&image->metadata, cluster);
+		if ((entry ? (int)xa_to_value(entry) : -1) != kind)
+			return false;
+	}
+	return true;
+}
+
+/**
  * qcow_overlap_expect - is a table alone where it is to be written
  * @image: a writable image
  * @kind: of which kind it is
@@ -376,6 +415,8 @@ int qcow_overlap_init(struct qcow_image *image, struct qcow_message *msg)
 	qcow_overlap_add(image, QCOW_METADATA_BITMAPS,
 			 header->bitmap_directory_offset,
 			 header->bitmap_directory_size);
+	qcow_overlap_add(image, QCOW_METADATA_ENCRYPTION,
+			 header->encryption_offset, header->encryption_size);
 	err = qcow_overlap_add_snapshots(image, msg);
 	if (err)
 		return err;

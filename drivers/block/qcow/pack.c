@@ -84,6 +84,10 @@ int qcow_pack_init(struct qcow_image *image, u32 compress,
 		qcow_message_set(msg, "has its data in an external data file, where nothing is compressed");
 		return -EINVAL;
 	}
+	if (image->crypt) {
+		qcow_message_set(msg, "is encrypted, and compressed clusters never are");
+		return -EINVAL;
+	}
 	if (cluster_size > QCOW_MAX_PACKED_CLUSTER) {
 		qcow_message_set(msg, "has clusters of %u KiB, and is not written in so large pieces; up to %u KiB can be compressed",
 				 cluster_size >> 10,

@@ -93,6 +93,7 @@ static inline void qcow_io_scope_exit(unsigned int old)
  * @dsync: what is written directly with IOCB_DSYNC is durable when it completes
  * @nowait: it is direct, and knows IOCB_NOWAIT
  * @writable: opened for writing, and to be written
+ * @no_sync: nobody wants it to be durable
  * @bdev: a block device, whose length is fixed
  * @no_punch: it cannot punch holes, as was seen
  */
@@ -101,6 +102,7 @@ struct qcow_file {
 	bool direct;
 	bool dsync;
 	bool nowait;
+	bool no_sync;
 	bool writable;
 	bool bdev;
 	bool no_punch;
@@ -138,6 +140,8 @@ void qcow_io_submit(struct qcow_io *io, struct qcow_file *f, loff_t pos,
 		    int iocb_flags);
 int qcow_file_rw(struct qcow_file *f, struct iov_iter *iter, loff_t pos,
 		 int iocb_flags);
+void qcow_file_buf_iter(struct iov_iter *iter, struct bio_vec *vec,
+			const void *buf, size_t len, unsigned int dir);
 int qcow_file_read(struct qcow_file *f, void *buf, size_t len, loff_t pos);
 int qcow_file_write(struct qcow_file *f, const void *buf, size_t len,
 		    loff_t pos);
@@ -420,6 +424,8 @@ struct qcow_image {
 	struct qcow_file file;
 	struct qcow_file data;		/* external data file, if there is one */
 	bool data_raw;			/* @data reads as the disk does */
+	struct qcow_crypt *crypt;	/* what encrypts the data, or NULL */
+	struct qcow_bitmaps *bitmaps;	/* those that are kept up, or NULL */
 	char *snapshot;			/* ID or name of the one that is shown */
 	u32 format;			/* QCOW_FORMAT_* */
 	bool writable;
@@ -579,23 +585,39 @@ static inline void qcow_packed_range(const struct qcow_image *image,
 }
 
 /**
+ * struct qcow_key - what it takes to read the data of an encrypted image
+ * @cipher: in the notation of LUKS, cipher-mode[-generator[:hash]]
+ * @data: the key
+ * @size: its length in bytes
+ */
+struct qcow_key {
+	char *cipher;
+	void *data;
+	u32 size;
+};
+
+/**
  * struct qcow_image_source - what an image is opened from
  * @file: the file, as userspace opened it
  * @data: its external data file, or NULL
  * @snapshot: ID or name of the internal snapshot to show, or NULL for the disk
+ * @key: for its data, or NULL; who has one does not share the image
  * @format: QCOW_FORMAT_*
  * @io_mode: QCOW_IO_*
  * @writable: whether it is going to be written; not with @snapshot
  * @alone: not to be shared, even if it is only read
+ * @no_flush: what is written need not be durable, ever
  */
 struct qcow_image_source {
 	struct file *file;
 	struct file *data;
 	const char *snapshot;
+	const struct qcow_key *key;
 	u32 format;
 	u32 io_mode;
 	bool writable;
 	bool alone;
+	bool no_flush;
 };
 
 int qcow_image_open(const struct qcow_image_source *source,
@@ -648,6 +670,22 @@ static inline void qcow_image_exit(struct qcow_image *image, int epoch)
 	if (image->writable)
 		qcow_epoch_exit(&image->epoch, epoch);
 }
+
+/* ---- crypt.c: the guest's data, encrypted or not -------------------------- */
+
+int qcow_crypt_init(struct qcow_image *image, const struct qcow_key *key,
+		    struct qcow_message *msg);
+void qcow_crypt_exit(struct qcow_image *image);
+int qcow_decrypt(struct qcow_image *image, struct iov_iter *iter,
+		 u64 host_offset, u64 guest_offset);
+int qcow_encrypt_write(struct qcow_image *image, struct iov_iter *iter,
+		       u64 host_offset, u64 guest_offset, int iocb_flags);
+int qcow_data_read(struct qcow_image *image, void *buf, size_t len,
+		   u64 host_offset, u64 guest_offset);
+int qcow_data_write(struct qcow_image *image, const void *buf, size_t len,
+		    u64 host_offset, u64 guest_offset);
+int qcow_data_write_zeroes(struct qcow_image *image, u64 len, u64 host_offset,
+			   u64 guest_offset);
 
 /* ---- commit.c: groups, ordering, write-out ------------------------------ */
 
@@ -713,6 +751,8 @@ enum qcow_metadata {
 	QCOW_METADATA_SNAPSHOTS,
 	QCOW_METADATA_SNAPSHOT_L1,
 	QCOW_METADATA_BITMAPS,
+	QCOW_METADATA_BITMAP,
+	QCOW_METADATA_ENCRYPTION,
 };
 
 int qcow_overlap_init(struct qcow_image *image, struct qcow_message *msg);
@@ -722,6 +762,8 @@ void qcow_overlap_remove(struct qcow_image *image, u64 host_offset, u64 length);
 int qcow_overlap_check(struct qcow_image *image, u64 host_offset, u64 length);
 int qcow_overlap_check_data(struct qcow_image *image, u64 host_offset,
 			    u64 length);
+bool qcow_overlap_is_only(struct qcow_image *image, int kind, u64 host_offset,
+			  u64 length);
 int qcow_overlap_expect(struct qcow_image *image, enum qcow_metadata kind,
 			u64 host_offset);
 
@@ -880,6 +922,13 @@ int qcow_resolved_find(struct qcow_chain *chain, u64 guest_offset, u64 length,
 void qcow_resolved_keep(struct qcow_chain *chain, u64 guest_offset,
 			const struct qcow_extent *extent, unsigned int layer);
 
+/* ---- bitmap.c: persistent dirty bitmaps ---------------------------------- */
+
+int qcow_bitmaps_begin(struct qcow_image *image, struct qcow_message *msg);
+void qcow_bitmaps_exit(struct qcow_image *image);
+void qcow_bitmaps_set(struct qcow_image *image, u64 guest_offset, u64 length);
+int qcow_bitmaps_store(struct qcow_image *image);
+
 /* ---- cluster.c: changing the mapping ------------------------------------ */
 
 void qcow_range_lock(struct qcow_image *image, struct qcow_range *range,
@@ -950,7 +999,7 @@ int qcow_write_begin(struct qcow_chain *chain, u64 guest_offset, u64 length,
 		     struct qcow_write *write);
 void qcow_write_end(struct qcow_write *write, int error);
 int qcow_fill_write(struct qcow_image *image, const struct qcow_fill *fill,
-		    u64 host_offset);
+		    u64 host_offset, u64 guest_offset);
 
 /* ---- pack.c: writing compressed clusters --------------------------------- */
 

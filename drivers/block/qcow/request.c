@@ -18,8 +18,9 @@
  * of the segment, in a worker of another queue, so that it never waits for
  * workers that wait for it.
  *
- * FUA: a direct overwrite whose mapping is durable carries IOCB_DSYNC, if that is
- * worth something there (struct qcow_file); anything else is followed by a commit.
+ * FUA, and each write of a device that writes through: a direct overwrite whose
+ * mapping is durable carries IOCB_DSYNC, if that is worth something there (struct
+ * qcow_file); anything else is followed by a commit.
  *
  * The gate. Each request that may change the image holds a reference of dev->gate
  * from before its worker is queued until all that it does is done. To shut the gate
@@ -62,31 +63,30 @@
  * struct qcow_segment - one contiguous piece of I/O for a request
  * @io: the I/O
  * @req: whose
+ * @image: the layer that has or gets it
  * @file: where
- * @pos: where, bytes
+ * @pos: where, bytes; in a compressed cluster, its offset there
  * @skip: bytes of the request that come before this segment
  * @length: bytes, with head and tail
  * @iocb_flags: IOCB_DSYNC, IOCB_NOWAIT or 0
  * @mapping: @write is in use, otherwise @epoch
- * @packed: the layer, where this is a part of a compressed cluster; @pos is then
- *	the offset in the cluster
- * @descriptor: the L2 entry of that
+ * @descriptor: the L2 entry of a compressed cluster
  * @epoch: from qcow_image_enter()
  * @write: the change of the mapping that waits for this I/O
  * @vecs: head, data and tail, for a segment with @mapping
  * @nr_vecs: how many
- * @retry: does it again; or does it at all, if it is compressed
+ * @retry: does it again; decompresses or decrypts it
  */
 struct qcow_segment {
 	struct qcow_io io;
 	struct qcow_request *req;
+	struct qcow_image *image;
 	struct qcow_file *file;
 	u64 pos;
 	u64 skip;
 	u64 length;
 	int iocb_flags;
 	bool mapping;
-	struct qcow_image *packed;
 	u64 descriptor;
 	int epoch;
 	struct qcow_write write;
@@ -139,6 +139,13 @@ struct qcow_request {
 size_t qcow_request_size(void)
 {
 	return sizeof(struct qcow_request);
+}
+
+/* Is what it writes to be durable when it is done? */
+static bool qcow_request_fua(struct qcow_request *req)
+{
+	return req->dev->write_through ||
+	       blk_mq_rq_from_pdu(req)->cmd_flags & REQ_FUA;
 }
 
 static struct qcow_image *qcow_request_image(struct qcow_request *req)
@@ -289,13 +296,38 @@ static void qcow_segment_end(struct qcow_segment *seg, int err)
 	qcow_request_put(req);
 }
 
+/* Where on the disk it begins, with its head. */
+static u64 qcow_segment_guest(const struct qcow_segment *seg)
+{
+	struct request *rq = blk_mq_rq_from_pdu(seg->req);
+
+	return ((u64)blk_rq_pos(rq) << SECTOR_SHIFT) + seg->skip -
+	       (seg->mapping ? seg->write.head.length : 0);
+}
+
+static int qcow_segment_decrypt(struct qcow_segment *seg)
+{
+	qcow_segment_iter(seg);
+	return qcow_decrypt(seg->image, &seg->io.iter, seg->pos,
+			    qcow_segment_guest(seg));
+}
+
 static int qcow_segment_rw(struct qcow_segment *seg)
 {
+	bool write = op_is_write(req_op(blk_mq_rq_from_pdu(seg->req)));
 	unsigned int scope = qcow_io_scope_enter();
 	int err;
 
 	qcow_segment_iter(seg);
-	err = qcow_file_rw(seg->file, &seg->io.iter, seg->pos, seg->iocb_flags);
+	if (seg->image->crypt && write)
+		err = qcow_encrypt_write(seg->image, &seg->io.iter, seg->pos,
+					 qcow_segment_guest(seg),
+					 seg->iocb_flags);
+	else
+		err = qcow_file_rw(seg->file, &seg->io.iter, seg->pos,
+				   seg->iocb_flags);
+	if (seg->image->crypt && !write && !err)
+		err = qcow_segment_decrypt(seg);
 	qcow_io_scope_exit(scope);
 	return err;
 }
@@ -377,11 +409,25 @@ static void qcow_request_uninline(struct qcow_request *req, long ret)
 	qcow_request_queue(req);
 }
 
+static void qcow_segment_decrypt_fn(struct work_struct *work)
+{
+	struct qcow_segment *seg = container_of(work, struct qcow_segment,
+						retry);
+	unsigned int scope = qcow_io_scope_enter();
+	int err = qcow_segment_decrypt(seg);
+
+	qcow_io_scope_exit(scope);
+	qcow_segment_end(seg, err);
+}
+
 static void qcow_segment_done(struct qcow_io *io, long ret)
 {
 	struct qcow_segment *seg = container_of(io, struct qcow_segment, io);
 
-	if (ret == seg->length) {
+	if (ret == seg->length && seg->image->crypt) {
+		INIT_WORK(&seg->retry, qcow_segment_decrypt_fn);
+		queue_work(seg->req->dev->retry_wq, &seg->retry);
+	} else if (ret == seg->length) {
 		if (seg->iocb_flags & IOCB_NOWAIT)
 			qcow_request_inlined(seg->req);
 		qcow_segment_end(seg, 0);
@@ -402,6 +448,11 @@ static void qcow_segment_start(struct qcow_segment *seg)
 {
 	struct request *rq = blk_mq_rq_from_pdu(seg->req);
 
+	/* What is encrypted for it is in memory that has to be waited for. */
+	if (seg->image->crypt && op_is_write(req_op(rq))) {
+		qcow_segment_result(seg, qcow_segment_rw(seg));
+		return;
+	}
 	qcow_segment_iter(seg);
 	seg->io.ioprio = req_get_ioprio(rq);
 	seg->io.done = qcow_segment_done;
@@ -436,6 +487,7 @@ static struct qcow_segment *qcow_segment_alloc(struct qcow_request *req,
 static void qcow_segment_set(struct qcow_segment *seg,
 			     const struct qcow_extent *extent)
 {
+	seg->image = extent->image;
 	seg->file = qcow_data_file(extent->image);
 	seg->pos = extent->host_offset;
 	seg->length = extent->length;
@@ -450,7 +502,7 @@ static void qcow_segment_unpack(struct work_struct *work)
 	int err;
 
 	qcow_request_iter(seg->req, &iter, seg->skip, seg->length);
-	err = qcow_unpack_read(seg->packed, seg->descriptor, seg->pos, &iter);
+	err = qcow_unpack_read(seg->image, seg->descriptor, seg->pos, &iter);
 	qcow_io_scope_exit(scope);
 	qcow_segment_end(seg, err);
 }
@@ -464,7 +516,7 @@ static void qcow_segment_packed(struct qcow_segment *seg,
 				const struct qcow_extent *extent, bool last)
 {
 	atomic_inc(&seg->req->pending);
-	seg->packed = extent->image;
+	seg->image = extent->image;
 	seg->descriptor = extent->descriptor;
 	seg->pos = extent->skip;
 	seg->length = extent->length;
@@ -568,6 +620,7 @@ static int qcow_write_mapping(struct qcow_segment *seg, u64 guest_offset,
 		return err;
 	seg->mapping = true;
 	seg->vecs = mempool_alloc(&req->dev->segment_vecs, GFP_NOIO);
+	seg->image = write->image;
 	seg->file = qcow_data_file(write->image);
 	seg->pos = write->host_offset + write->data_offset - write->head.length;
 	seg->length = write->head.length + write->length + write->tail.length;
@@ -578,7 +631,7 @@ static int qcow_write_mapping(struct qcow_segment *seg, u64 guest_offset,
 		mempool_free(seg->vecs, &req->dev->segment_vecs);
 		return err;
 	}
-	if (blk_mq_rq_from_pdu(req)->cmd_flags & REQ_FUA)
+	if (qcow_request_fua(req))
 		req->commit = true;
 	qcow_segment_submit(seg);
 	return 0;
@@ -606,14 +659,14 @@ static int qcow_write_packed(struct qcow_request *req, u64 guest_offset,
 	BUILD_BUG_ON(QCOW_MAX_SEGMENTS * 4096 < QCOW_MAX_PACKED_CLUSTER);
 	qcow_request_iter(req, &iter, skip, length);
 	err = qcow_pack_write(qcow_request_image(req), guest_offset, &iter);
-	if (!err && blk_mq_rq_from_pdu(req)->cmd_flags & REQ_FUA)
+	if (!err && qcow_request_fua(req))
 		req->commit = true;
 	return err;
 }
 
 static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 {
-	bool fua = blk_mq_rq_from_pdu(req)->cmd_flags & REQ_FUA;
+	bool fua = qcow_request_fua(req);
 	struct qcow_image *image = qcow_request_image(req);
 	bool pack = qcow_compression(image);
 	struct qcow_extent extent;
@@ -736,7 +789,7 @@ static int qcow_request_run(struct qcow_request *req)
 		err = qcow_write_zeroes(dev->chain, guest_offset, length,
 					!(rq->cmd_flags & REQ_NOUNMAP) &&
 					dev->discard == QCOW_DISCARD_UNMAP);
-		if (rq->cmd_flags & REQ_FUA)
+		if (qcow_request_fua(req))
 			req->commit = true;
 		return err;
 	default:
@@ -890,7 +943,7 @@ static bool qcow_request_inline(struct qcow_request *req)
 	bool ours;
 
 	if (req->dev->no_inline || (!write && req_op(rq) != REQ_OP_READ) ||
-	    (write && (rq->cmd_flags & REQ_FUA || req->dev->read_only ||
+	    (write && (qcow_request_fua(req) || req->dev->read_only ||
 		       qcow_inline_skips(req->dev))) ||
 	    !qcow_inline_enter(rq, &saved))
 		return false;
@@ -899,7 +952,8 @@ static bool qcow_request_inline(struct qcow_request *req)
 	ours = qcow_map_inline(req, guest_offset, blk_rq_bytes(rq), write,
 			       &extent) &&
 	       (extent.type == QCOW_EXTENT_ZERO ||
-		READ_ONCE(qcow_data_file(extent.image)->nowait)) &&
+		(!extent.image->crypt &&
+		 READ_ONCE(qcow_data_file(extent.image)->nowait))) &&
 	       !qcow_request_map(req, GFP_NOWAIT);
 	if (!ours) {
 		qcow_image_exit(image, seg->epoch);
@@ -962,8 +1016,14 @@ static blk_status_t qcow_queue_rq(struct blk_mq_hw_ctx *hctx,
 	req->memcg = NULL;
 	qcow_request_count(req);
 	if (!req->dev->read_only && req_op(rq) != REQ_OP_READ &&
-	    req_op(rq) != REQ_OP_FLUSH && !qcow_gate_enter(req))
-		return BLK_STS_OK;
+	    req_op(rq) != REQ_OP_FLUSH) {
+		if (unlikely(qcow_request_image(req)->bitmaps))
+			qcow_bitmaps_set(qcow_request_image(req),
+					 (u64)blk_rq_pos(rq) << SECTOR_SHIFT,
+					 blk_rq_bytes(rq));
+		if (!qcow_gate_enter(req))
+			return BLK_STS_OK;
+	}
 	if (!qcow_request_inline(req))
 		qcow_request_queue(req);
 	return BLK_STS_OK;

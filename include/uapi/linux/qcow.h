@@ -52,8 +52,17 @@
 #define QCOW_COMPRESS_ZLIB	2	/* so, or the attach fails (EINVAL) */
 #define QCOW_COMPRESS_ZSTD	3	/* likewise */
 
+/* How the guest's data is encrypted */
+#define QCOW_ENCRYPTION_NONE	0
+#define QCOW_ENCRYPTION_AES	1	/* legacy, insecure */
+#define QCOW_ENCRYPTION_LUKS	2
+
 #define QCOW_LAYER_DATA_FILE	(1U << 0)	/* @data_fd is given */
-#define QCOW_LAYER_FLAGS_ALL	(QCOW_LAYER_DATA_FILE)
+#define QCOW_LAYER_KEY		(1U << 1)	/* @key and @cipher are given */
+#define QCOW_LAYER_FLAGS_ALL	(QCOW_LAYER_DATA_FILE | QCOW_LAYER_KEY)
+
+#define QCOW_CIPHER_MAX		128	/* bytes */
+#define QCOW_KEY_MAX		512	/* bytes */
 
 /**
  * struct qcow_layer - one file of the backing chain
@@ -62,19 +71,33 @@
  * @format: QCOW_FORMAT_RAW or QCOW_FORMAT_QCOW2; the driver never probes
  * @flags: QCOW_LAYER_*
  * @data_fd: open file, the external data file; 0 without QCOW_LAYER_DATA_FILE
+ * @key: pointer to the key of the encrypted data: for LUKS that of the volume, not
+ *       the passphrase; 0 without QCOW_LAYER_KEY, like the next three
+ * @cipher: pointer to the cipher's name as LUKS has it, aes-xts-plain64 for example;
+ *          for legacy AES aes-cbc-plain64
+ * @key_size: length of the key in bytes, up to QCOW_KEY_MAX
+ * @cipher_size: length of the name in bytes, without a terminator, up to
+ *               QCOW_CIPHER_MAX
  */
 struct qcow_layer {
 	__s32 fd;
 	__u32 format;
 	__u32 flags;
 	__s32 data_fd;
+	__u64 key;
+	__u64 cipher;
+	__u32 key_size;
+	__u32 cipher_size;
 };
 
 #define QCOW_ATTACH_READ_ONLY	(1U << 0)
 #define QCOW_ATTACH_AUTOCLEAR	(1U << 1)	/* detach after the first use */
 #define QCOW_ATTACH_NO_INLINE	(1U << 2)	/* a worker serves each request */
+#define QCOW_ATTACH_WRITE_THROUGH (1U << 3)	/* what is written is durable */
+#define QCOW_ATTACH_NO_FLUSH	(1U << 4)	/* nothing is made durable */
 #define QCOW_ATTACH_FLAGS_ALL	(QCOW_ATTACH_READ_ONLY | \
-				 QCOW_ATTACH_AUTOCLEAR | QCOW_ATTACH_NO_INLINE)
+				 QCOW_ATTACH_AUTOCLEAR | QCOW_ATTACH_NO_INLINE | \
+				 QCOW_ATTACH_WRITE_THROUGH | QCOW_ATTACH_NO_FLUSH)
 
 /**
  * struct qcow_attach - QCOW_CTL_ATTACH: make /dev/qcow@index
@@ -145,6 +168,8 @@ struct qcow_detach {
 #define QCOW_STATUS_SNAPSHOT	(1U << 5)	/* it shows an internal snapshot */
 #define QCOW_STATUS_AUTOCLEAR	(1U << 6)	/* it was attached with AUTOCLEAR */
 #define QCOW_STATUS_FROZEN	(1U << 7)	/* writes wait: QCOW_CTL_FREEZE */
+#define QCOW_STATUS_WRITE_THROUGH (1U << 8)	/* it was attached with that flag */
+#define QCOW_STATUS_NO_FLUSH	(1U << 9)	/* likewise */
 
 /**
  * struct qcow_status - QCOW_CTL_STATUS: state and counters of one device
@@ -221,6 +246,8 @@ struct qcow_status {
  * @path_size: in: size of the buffer at @path
  * @path: in: pointer to a buffer for the file's path as the kernel knows it,
  *        NUL-terminated; ENAMETOOLONG if it does not fit
+ * @encryption: out: QCOW_ENCRYPTION_*
+ * @reserved: 0
  *
  * ENOENT if the chain is shorter than @layer.
  */
@@ -235,6 +262,8 @@ struct qcow_layer_status {
 	__u32 direct;
 	__u32 path_size;
 	__u64 path;
+	__u32 encryption;
+	__u32 reserved;
 };
 
 /**

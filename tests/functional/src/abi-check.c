@@ -134,6 +134,61 @@ static struct qcow_attach good(void)
 	layers[1] = saved;							\
 } while (0)
 
+/* Set the second layer's key. */
+static void set_key(const char *cipher, unsigned int key_size)
+{
+	static char key[1024];
+
+	layers[1].flags |= QCOW_LAYER_KEY;
+	layers[1].cipher = pointer(cipher);
+	layers[1].cipher_size = strlen(cipher);
+	layers[1].key = pointer(key);
+	layers[1].key_size = key_size;
+}
+
+static void check_keys(void)
+{
+	const struct qcow_layer before = layers[1];
+	char long_name[130];
+
+	memset(long_name, 'x', sizeof(long_name));
+	long_name[129] = '\0';
+	/* Refused before anything is looked at, and so without a message */
+	message[0] = '\0';
+	REFUSED_LAYER(EINVAL, "a key without its flag", layers[1].key = pointer("k"));
+	REFUSED_LAYER(EINVAL, "a cipher without the flag", layers[1].cipher_size = 1);
+	REFUSED_LAYER(EINVAL, "a key of no bytes", set_key("aes-xts-plain64", 0));
+	REFUSED_LAYER(EINVAL, "a key of 513 bytes", set_key("aes-xts-plain64", 513));
+	REFUSED_LAYER(EINVAL, "a cipher without a name", set_key("", 64));
+	REFUSED_LAYER(EINVAL, "a cipher with a name of 129 bytes", set_key(long_name, 64));
+	REFUSED_LAYER(EFAULT, "a key that is nowhere", set_key("aes-xts-plain64", 64);
+		      layers[1].key = UNMAPPED);
+	REFUSED_LAYER(EFAULT, "a cipher that is nowhere", set_key("aes-xts-plain64", 64);
+		      layers[1].cipher = UNMAPPED);
+	REFUSED_LAYER(EINVAL, "a cipher with a zero byte", set_key("aes-xts-plain64", 64);
+		      layers[1].cipher = pointer("aes\0xts-plain64"));
+	REFUSED_LAYER(EINVAL, "a key for a raw image", set_key("aes-xts-plain64", 64);
+		      layers[1].format = QCOW_FORMAT_RAW);
+	say(!*message, "these are refused without a message", message);
+	REFUSED_LAYER(EINVAL, "a key for an image that is not encrypted",
+		      set_key("aes-xts-plain64", 64));
+
+	layers[1].fd = 12;
+	REFUSED_LAYER(ENOKEY, "an encrypted image without a key", (void)0);
+	REFUSED_LAYER(ENOENT, "a cipher that does not exist", set_key("rot13-xts-plain64", 64));
+	REFUSED_LAYER(EINVAL, "a key of the wrong length", set_key("aes-xts-plain64", 13));
+	REFUSED_LAYER(EINVAL, "a cipher without a mode", set_key("aes", 64));
+	REFUSED_LAYER(EINVAL, "a cipher without a generator", set_key("aes-cbc", 32));
+	REFUSED_LAYER(EINVAL, "a generator that is not known", set_key("aes-cbc-benbi", 32));
+	REFUSED_LAYER(EINVAL, "essiv without a hash", set_key("aes-cbc-essiv", 32));
+	REFUSED_LAYER(EINVAL, "a cipher that would be another one",
+		      set_key("aes),ecb(aes-xts-plain64", 64));
+	layers[1].fd = 13;
+	REFUSED_LAYER(EINVAL, "another cipher for legacy AES", set_key("aes-xts-plain64", 64));
+	REFUSED_LAYER(EINVAL, "a longer key for legacy AES", set_key("aes-cbc-plain64", 32));
+	layers[1] = before;
+}
+
 static void check_attach_refusals(void)
 {
 	struct { struct qcow_layer layer; uint64_t more; } wide[2] = {
@@ -180,6 +235,8 @@ static void check_attach_refusals(void)
 	REFUSED_LAYER(ETXTBSY, "a backing file open for writing", layers[1].fd = fd);
 	close(fd);
 	REFUSED_LAYER(EINVAL, "a pipe", int p[2]; layers[1].fd = pipe(p) ? -1 : p[0]);
+
+	check_keys();
 
 	layers[0].fd = 11;
 	REFUSED(EBADF, "an image that is open for reading only", (void)0);
@@ -257,6 +314,10 @@ static void check_device(int index)
 	layer.path_size = 0;
 	layer.path = UNMAPPED;
 	expect(0, QCOW_CTL_LAYER, &layer, "LAYER without the path", "");
+	layer.reserved = 1;
+	expect(EINVAL, QCOW_CTL_LAYER, &layer, "LAYER with something reserved", "");
+	layer.reserved = 0;
+	say(layer.encryption == QCOW_ENCRYPTION_NONE, "LAYER says that it is not encrypted", "");
 	layer.layer = 2;
 	expect(ENOENT, QCOW_CTL_LAYER, &layer, "LAYER 2 of 2", "");
 
@@ -368,6 +429,10 @@ int main(int argc, char **argv)
 	/* By known numbers, for those who open them again */
 	dup2(layers[1].fd, 10);
 	dup2(open_or_die(argv[1], O_RDONLY), 11);
+	snprintf(base, sizeof(base), "%s.luks", argv[1]);
+	dup2(open_or_die(base, O_RDONLY), 12);
+	snprintf(base, sizeof(base), "%s.aes", argv[1]);
+	dup2(open_or_die(base, O_RDONLY), 13);
 
 	check_sizes();
 	check_attach_refusals();
