@@ -512,6 +512,39 @@ void qcow_frees_queue_locked(struct qcow_image *image, struct list_head *frees)
 }
 
 /*
+ * Memory for a copy, of image->copy_size, or NULL if there is none now. It is kept
+ * afterwards: kernels that clear all memory that they give out take longer for that
+ * than the copy does.
+ */
+static void *qcow_copy_get(struct qcow_image *image)
+{
+	void *buf = NULL;
+
+	spin_lock_irq(&image->lock);
+	if (image->nr_copies)
+		buf = image->copies[--image->nr_copies];
+	spin_unlock_irq(&image->lock);
+	return buf ?: kmalloc(image->copy_size,
+			      GFP_NOIO | __GFP_NORETRY | __GFP_NOWARN);
+}
+
+/* Give it back. Context: any, interrupts included. */
+static void qcow_copy_put(struct qcow_image *image, void *buf)
+{
+	unsigned long flags;
+
+	if (!buf)
+		return;
+	spin_lock_irqsave(&image->lock, flags);
+	if (image->nr_copies < QCOW_COPIES) {
+		image->copies[image->nr_copies++] = buf;
+		buf = NULL;
+	}
+	spin_unlock_irqrestore(&image->lock, flags);
+	kfree(buf);
+}
+
+/*
  * Prepare what must stand in the guest range before or behind the data. Short
  * pieces are left for the caller to write together with the data; long ones, and
  * copies for which there is no memory, are written here.
@@ -539,19 +572,18 @@ static int qcow_fill_prepare(struct qcow_chain *chain, u64 guest_offset,
 		return 0;
 	}
 
-	buf = kmalloc(min_t(u64, length, QCOW_MERGE_FILL),
-		      GFP_NOIO | __GFP_NORETRY | __GFP_NOWARN);
-	if (buf && length <= QCOW_MERGE_FILL) {
+	buf = qcow_copy_get(image);
+	if (buf && length <= image->copy_size) {
 		err = qcow_chain_read(chain, guest_offset, length, buf);
 		if (err) {
-			kfree(buf);
+			qcow_copy_put(image, buf);
 			return err;
 		}
 		fill->length = length;
 		fill->copy = buf;
 		return 0;
 	}
-	step = buf ? QCOW_MERGE_FILL : QCOW_BLOCK_SIZE;
+	step = buf ? image->copy_size : QCOW_BLOCK_SIZE;
 	if (!buf)
 		mutex_lock(&image->copy_mutex);
 	while (length && !err) {
@@ -567,7 +599,7 @@ static int qcow_fill_prepare(struct qcow_chain *chain, u64 guest_offset,
 	}
 	if (!buf)
 		mutex_unlock(&image->copy_mutex);
-	kfree(buf);
+	qcow_copy_put(image, buf);
 	return err;
 }
 
@@ -579,19 +611,20 @@ static bool qcow_fill_around(struct qcow_chain *chain, struct qcow_write *write,
 			     u64 guest_offset, u32 head, u32 tail)
 {
 	u64 length = head + write->length + tail;
+	struct qcow_image *image = chain->layers[0];
 	struct qcow_extent extent;
 	void *buf;
 
 	if (!head || !tail || write->length > QCOW_FILL_GAP ||
-	    length > QCOW_MERGE_FILL ||
+	    length > image->copy_size ||
 	    qcow_map(chain, 0, guest_offset - head, length, &extent) ||
 	    extent.type != QCOW_EXTENT_DATA || extent.length < length)
 		return false;
-	buf = kmalloc(length, GFP_NOIO | __GFP_NORETRY | __GFP_NOWARN);
+	buf = qcow_copy_get(image);
 	if (!buf)
 		return false;
 	if (qcow_chain_read(chain, guest_offset - head, length, buf)) {
-		kfree(buf);
+		qcow_copy_put(image, buf);
 		return false;
 	}
 	write->head.length = head;
@@ -748,9 +781,9 @@ void qcow_write_end(struct qcow_write *write, int error)
 	qcow_frees_discard(image, &write->frees);
 	if (write->abort)
 		qcow_free_discard(image, write->abort);
-	kfree(write->head.copy);
+	qcow_copy_put(image, write->head.copy);
 	if (!write->around)
-		kfree(write->tail.copy);
+		qcow_copy_put(image, write->tail.copy);
 }
 
 /**

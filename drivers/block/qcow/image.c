@@ -290,6 +290,8 @@ static int qcow_open_writable(struct qcow_image *image,
 	image->scratch = kmalloc(QCOW_BLOCK_SIZE, GFP_KERNEL);
 	image->table_scratch = kmalloc(QCOW_BLOCK_SIZE, GFP_KERNEL);
 	image->copy_buf = kmalloc(QCOW_BLOCK_SIZE, GFP_KERNEL);
+	/* Head and tail of most writes. */
+	image->copy_size = min(2 * qcow_cluster_size(image), QCOW_MERGE_FILL);
 	image->header_scratch = kmalloc(QCOW_SECTOR, GFP_KERNEL);
 	image->bounce = kmalloc(QCOW_BATCH * QCOW_BLOCK_SIZE, GFP_KERNEL);
 	if (!image->scratch || !image->table_scratch || !image->copy_buf ||
@@ -332,6 +334,8 @@ static void qcow_image_free(struct qcow_image *image)
 	mempool_exit(&image->free_pool);
 	kfree(image->bounce);
 	kfree(image->header_scratch);
+	while (image->nr_copies)
+		kfree(image->copies[--image->nr_copies]);
 	kfree(image->copy_buf);
 	kfree(image->table_scratch);
 	kfree(image->scratch);

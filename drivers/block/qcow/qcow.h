@@ -386,6 +386,11 @@ void qcow_cache_drop_all(struct qcow_image *image);
 
 /* ---- image.c: an open image --------------------------------------------- */
 
+/* Head or tail up to this long are written together with the guest's data. */
+#define QCOW_MERGE_FILL		(128U << 10)
+/* So many buffers for copies are kept for the next writes. */
+#define QCOW_COPIES		4
+
 /**
  * struct qcow_free - a run of host clusters that lost a reference
  * @node: in image->frees, then image->reclaims
@@ -498,6 +503,9 @@ struct qcow_image {
 	struct qcow_coders packers;	/* to compress with, if it is to be done */
 	struct mutex copy_mutex;	/* @copy_buf */
 	void *copy_buf;			/* QCOW_BLOCK_SIZE, copy_mutex */
+	u32 copy_size;			/* bytes of each of ... */
+	u32 nr_copies;			/* ... those in @copies, image->lock */
+	void *copies[QCOW_COPIES];	/* memory for copies, image->lock */
 
 	atomic_t damaged;		/* @damage is being set, or is */
 	bool corrupt;			/* it is: no more writes */
@@ -942,8 +950,6 @@ void qcow_frees_add_entry(struct qcow_image *image, struct list_head *frees,
 void qcow_frees_discard(struct qcow_image *image, struct list_head *frees);
 void qcow_frees_queue_locked(struct qcow_image *image, struct list_head *frees);
 
-/* Head or tail up to this long are written together with the guest's data. */
-#define QCOW_MERGE_FILL		(128U << 10)
 /* Between head and tail, up to this much is read along to save a read. */
 #define QCOW_FILL_GAP		(16U << 10)
 
