@@ -118,19 +118,21 @@ static void guest_knows(struct guest *guest, u64 offset, u64 length, u32 seed)
 }
 
 /* What a request does with a write that changes the mapping. */
-static int write_data(struct qcow_write *write, const u8 *buf)
+static int write_data(struct qcow_write *write, u64 offset, const u8 *buf)
 {
 	u64 host = write->host_offset + write->data_offset;
 	int err;
 
 	err = qcow_fill_write(write->image, &write->head,
-			      host - write->head.length);
+			      host - write->head.length,
+			      offset - write->head.length);
 	if (!err)
 		err = qcow_file_write(&write->image->file, buf, write->length,
 				      host);
 	if (!err)
 		err = qcow_fill_write(write->image, &write->tail,
-				      host + write->length);
+				      host + write->length,
+				      offset + write->length);
 	return err;
 }
 
@@ -188,7 +190,7 @@ static int write_some(struct qcow_chain *chain, u64 offset, u64 length,
 	if (err)
 		return err;
 	*done = write.length;
-	err = write_data(&write, buf);
+	err = write_data(&write, offset, buf);
 	qcow_write_end(&write, err);
 	return err;
 }

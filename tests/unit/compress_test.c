@@ -124,7 +124,8 @@ static void writes_and_discards_give_up_what_was_touched(struct kunit *test)
 	KUNIT_ASSERT_EQ(test, qcow_file_write(&write.image->file, buf, 512,
 					      write.host_offset), 0);
 	KUNIT_ASSERT_EQ(test, qcow_fill_write(write.image, &write.tail,
-					      write.host_offset + 512), 0);
+					      write.host_offset + 512,
+					      2 * cs + 512), 0);
 	qcow_write_end(&write, 0);
 	KUNIT_ASSERT_EQ(test, qcow_discard(chain, 3 * cs, cs, false), 0);
 	KUNIT_ASSERT_EQ(test, qcow_discard(chain, 4 * cs, cs, true), 0);

@@ -180,11 +180,11 @@ static void qcow_unpacked_free_list(struct qcow_unpack *unpack,
 		qcow_unpacked_free(unpack, unpacked);
 }
 
-/* Evict clusters that nobody uses, the oldest first, of @want bytes or more. */
-static u64 qcow_unpack_evict(struct qcow_unpack *unpack, u64 want)
+/* Take out clusters that nobody uses, the oldest first, of @want bytes or more. */
+static u64 qcow_unpack_evict(struct qcow_unpack *unpack, u64 want,
+			     struct list_head *victims)
 {
 	struct qcow_unpacked *unpacked, *next;
-	LIST_HEAD(victims);
 	u64 done = 0;
 
 	spin_lock(&unpack->lock);
@@ -195,10 +195,9 @@ static u64 qcow_unpack_evict(struct qcow_unpack *unpack, u64 want)
 			continue;
 		done += unpacked->size;
 		qcow_unpacked_unhash(unpack, unpacked);
-		list_add(&unpacked->lru, &victims);
+		list_add(&unpacked->lru, victims);
 	}
 	spin_unlock(&unpack->lock);
-	qcow_unpacked_free_list(unpack, &victims);
 	return done;
 }
 
@@ -212,34 +211,62 @@ static unsigned long qcow_unpack_count(void *private)
 
 static unsigned long qcow_unpack_scan(void *private, unsigned long nr)
 {
-	u64 done = qcow_unpack_evict(private, (u64)nr << PAGE_SHIFT);
+	LIST_HEAD(victims);
+	u64 done = qcow_unpack_evict(private, (u64)nr << PAGE_SHIFT, &victims);
 
+	qcow_unpacked_free_list(private, &victims);
 	return done >> PAGE_SHIFT ?: SHRINK_STOP;
 }
 
+/* One of the victims that has the right size, or NULL. */
+static struct qcow_unpacked *qcow_unpacked_pick(struct list_head *victims,
+						size_t size)
+{
+	struct qcow_unpacked *unpacked;
+
+	list_for_each_entry(unpacked, victims, lru) {
+		if (unpacked->size == size && !unpacked->spare) {
+			list_del(&unpacked->lru);
+			return unpacked;
+		}
+	}
+	return NULL;
+}
+
+/*
+ * Memory for a cluster. When the limit is reached, that of one that is evicted is used
+ * again: kernels that clear all memory that they give out would take a while for it.
+ */
 static struct qcow_unpacked *qcow_unpacked_alloc(struct qcow_image *image)
 {
 	struct qcow_unpack *unpack = &image->cache->unpack;
 	u32 cluster_size = qcow_cluster_size(image);
+	size_t size = cluster_size + sizeof(struct qcow_unpacked);
 	struct qcow_unpacked *unpacked;
+	LIST_HEAD(victims);
 	u64 over;
 
-	over = READ_ONCE(unpack->bytes) + cluster_size;
+	over = READ_ONCE(unpack->bytes) + size;
 	if (over > unpack->limit)
-		qcow_unpack_evict(unpack, over - unpack->limit);
+		qcow_unpack_evict(unpack, over - unpack->limit, &victims);
 	for (;;) {
-		unpacked = qcow_unpacked_create(cluster_size, GFP_NOIO |
-						__GFP_NORETRY | __GFP_NOWARN);
+		unpacked = qcow_unpacked_pick(&victims, size);
+		qcow_unpacked_free_list(unpack, &victims);
+		if (!unpacked)
+			unpacked = qcow_unpacked_create(cluster_size, GFP_NOIO |
+							__GFP_NORETRY |
+							__GFP_NOWARN);
 		if (!unpacked)
 			unpacked = mempool_alloc(&unpack->spares,
 						 GFP_NOWAIT | __GFP_NOWARN);
 		if (unpacked)
 			break;
-		if (!qcow_unpack_evict(unpack, 1))
+		INIT_LIST_HEAD(&victims);
+		if (!qcow_unpack_evict(unpack, 1, &victims))
 			schedule_timeout_uninterruptible(1);
 	}
 	unpacked->image = image;
-	unpacked->size = cluster_size + sizeof(*unpacked);
+	unpacked->size = size;
 	unpacked->state = BIT(QCOW_UNPACKED_READING);
 	unpacked->error = 0;
 	return unpacked;
