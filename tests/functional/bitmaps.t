@@ -52,6 +52,9 @@ cp image.qcow2 before.qcow2
 attach "$PWD/image.qcow2"
 is "attached, they are in use" "$(flags image.qcow2 fine) $(flags image.qcow2 coarse)" \
 	"in-use,auto in-use,auto"
+is "qcowctl info lists them" "$(qcowctl info --json "$DEV" | jq -c '[.bitmaps[] | [.name, .granularity, .flags]]')" \
+	'[["fine",4096,["in-use","auto"]],["coarse",1048576,["in-use","auto"]],["off",65536,[]]]'
+like "in words, too" "$(qcowctl info "$DEV")" 'bitmaps 0:.*name +fine.*flags +.*in-use'
 is "but for one that is disabled" "$(flags image.qcow2 off)" ""
 ok "read" xfs_io -r -d -c 'pread -q 0 64M' "$DEV"
 ok "write" xfs_io -d -c 'pwrite -q -S 3 4k 512' -c 'pwrite -q -S 3 32M 1536k' "$DEV"

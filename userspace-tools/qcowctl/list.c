@@ -317,7 +317,7 @@ static void print_lines(struct json_object *object, const char *indent)
 		autofree char *text = show(key, value, false);
 		autofree char *bytes = show(key, value, true);
 
-		if (json_object_is_type(value, json_type_array)) {
+		if (json_object_is_type(value, json_type_array) && strcmp(key, "flags")) {
 			for (i = 0; i < json_object_array_length(value); i++) {
 				printf("%s %zu:\n", key, i);
 				print_lines(json_object_array_get_idx(value, i), "  ");
@@ -330,8 +330,8 @@ static void print_lines(struct json_object *object, const char *indent)
 	}
 }
 
-/* The image's internal snapshots, as qemu-img tells of them; none if it cannot. */
-static void add_snapshots(struct json_object *device)
+/* The image's snapshots and bitmaps, as qemu-img tells of them; none if it cannot. */
+static void add_told(struct json_object *device)
 {
 	const char *image = json_object_get_string(json_object_object_get(device, "image"));
 	autofree char *name = qemu_name(image, NULL, QCOW_ENCRYPTION_NONE);
@@ -358,6 +358,10 @@ static void add_snapshots(struct json_object *device)
 		json_object_array_add(snapshots, to);
 	}
 	json_object_object_add(device, "snapshots", snapshots);
+	of = json_object_object_get(told, "format-specific");
+	of = json_object_object_get(json_object_object_get(of, "data"), "bitmaps");
+	json_object_object_add(device, "bitmaps",
+			       of ? json_object_get(of) : json_object_new_array());
 	json_object_put(told);
 	if (pipe)
 		pclose(pipe);
@@ -376,7 +380,7 @@ static int info(const char * const *values, char **operands)
 	if (!device)
 		return errno == ENODEV ? not_attached(xasprintf("/dev/qcow%d", index)) :
 					 control_error();
-	add_snapshots(device);
+	add_told(device);
 	if (values[INFO_JSON])
 		puts(json_object_to_json_string_ext(device, JSON_C_TO_STRING_PRETTY |
 						    JSON_C_TO_STRING_SPACED |
