@@ -10,22 +10,7 @@
 
 need_driver
 cd "$WORK" || exit
-events=/sys/kernel/tracing/events
-barrier=ext4/ext4_sync_file_enter
-if [[ ! -d $events/$barrier ]]; then
-	mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null
-fi
-[[ -d $events/$barrier ]] || skip_all "the kernel cannot count fsync"
-
-# fsyncs COMMAND...: sets FSYNCS, how many of them the file system below has seen
-fsyncs() {
-	echo 0 >"$events/$barrier/enable"
-	: >/sys/kernel/tracing/trace
-	echo 1 >"$events/$barrier/enable"
-	ok "$*" "$@"
-	echo 0 >"$events/$barrier/enable"
-	FSYNCS=$(grep -c 'ext4_sync_file_enter:' /sys/kernel/tracing/trace)
-}
+need_fsyncs
 
 write_some() {
 	xfs_io -d -c 'pwrite -q -S 7 -b 64k 0 512k' "$DEV"
@@ -57,13 +42,13 @@ for mode in none writeback directsync writethrough unsafe; do
 	esac
 	is "$mode: the device's write cache" "$(<"$in/queue/write_cache")" "$want"
 
-	fsyncs write_some
+	fsyncs "$mode: write" write_some
 	case $mode in
 	none | writeback | unsafe) is "$mode: writes make nothing durable" "$FSYNCS" 0 ;;
 	directsync) is "$mode: each write is durable" "$FSYNCS" 8 ;;
 	writethrough) ok "$mode: each write is durable" test "$FSYNCS" -ge 8 ;;
 	esac
-	fsyncs flush
+	fsyncs "$mode: flush" flush
 	case $mode in
 	none | writeback) is "$mode: a flush makes it durable" "$FSYNCS" 1 ;;
 	*) is "$mode: a flush does nothing" "$FSYNCS" 0 ;;
@@ -79,12 +64,12 @@ for mode in none writeback directsync writethrough unsafe; do
 
 	# What allocates takes a commit.
 	ok "$mode: a discard" blkdiscard -f -o 1M -l 1M "$DEV"
-	fsyncs xfs_io -d -c 'pwrite -q -S 8 -b 64k 1M 64k' "$DEV"
+	fsyncs "$mode: allocate" xfs_io -d -c 'pwrite -q -S 8 -b 64k 1M 64k' "$DEV"
 	case $mode in
 	none | writeback | unsafe) is "$mode: nor does a write that allocates" "$FSYNCS" 0 ;;
 	*) ok "$mode: and one that allocates" test "$FSYNCS" -ge 1 ;;
 	esac
-	fsyncs detach
+	fsyncs "$mode: detach" detach
 	if [[ $mode == unsafe ]]; then
 		is "$mode: nor does a detach" "$FSYNCS" 0
 	else

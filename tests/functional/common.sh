@@ -247,6 +247,30 @@ is_consistent() {
 	return 1
 }
 
+# need_fsyncs: or the test does not apply here
+need_fsyncs() {
+	[[ -d /sys/kernel/tracing/events ]] ||
+		mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null
+	[[ -d /sys/kernel/tracing/events/ext4/ext4_sync_file_enter ]] ||
+		skip_all "the kernel cannot count fsync"
+}
+
+# fsyncs DESC CMD...: CMD succeeds; FSYNCS becomes the number of barriers that the files
+# image.qcow2* on ext4 have seen meanwhile.
+fsyncs() {
+	local event=/sys/kernel/tracing/events/ext4/ext4_sync_file_enter f filter=''
+
+	for f in image.qcow2*; do
+		filter+="${filter:+ || }ino == $(stat -c %i "$f")"
+	done
+	echo "$filter" >$event/filter
+	: >/sys/kernel/tracing/trace
+	echo 1 >$event/enable
+	ok "$@"
+	echo 0 >$event/enable
+	FSYNCS=$(grep -c 'ext4_sync_file_enter:' /sys/kernel/tracing/trace)
+}
+
 check_clean() {
 	ok "qemu-img check finds nothing in ${1##*/}${2:+ ($2)}" is_clean "$1"
 }
