@@ -238,14 +238,16 @@ static int freeze_failed(const char *name)
 }
 
 /* Ask for the passphrase of a device's image, if it is encrypted. */
-static int device_secret(struct chain *chain, const char *image, struct job *job)
+static int device_secret(struct chain *chain, const char *device, const char *image,
+			 struct job *job)
 {
 	struct qcow_layer layer = { .fd = open(image, O_RDONLY | O_CLOEXEC) };
 	struct header header;
 	int ret;
 
 	if (layer.fd < 0)
-		return fail(EXIT_ABSENT, "%s: %m; detach the device, and check its image", image);
+		return fail(EXIT_ABSENT, "%s: its image %s cannot be reached by that name; detach it, and check the image",
+			    device, image);
 	chain->image = image;
 	chain->layers = &layer;
 	ret = header_read(layer.fd, image, true, &header);
@@ -283,7 +285,7 @@ static int check_device(int index, const char *seconds, struct chain *chain)
 			    name, swap);
 	if (!image)
 		return not_attached(name);
-	status = device_secret(chain, image, &job);
+	status = device_secret(chain, name, image, &job);
 	if (status)
 		return status;
 	/* Of one that is read-only nobody waits for the end. */
