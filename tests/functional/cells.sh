@@ -68,24 +68,24 @@ make_raw() {
 # on_image PROGRAM ARGUMENT...: qemu-img or qemu-io on the cell's image.qcow2, whose
 # name comes last, or, where there is another file in the end, before that.
 on_image() {
-	local name=image.qcow2 secret=() last=() command=()
+	local name=image.qcow2 secret=() behind=() program=()
 
 	if [[ $enc != none ]]; then
 		name='json:{"driver":"qcow2","file.filename":"image.qcow2",'
 		name+="\"encrypt.format\":\"$enc\",\"encrypt.key-secret\":\"key\"}"
 		secret=(--object 'secret,id=key,file=key')
 	fi
-	command=("$1")
+	program=("$1")
 	shift
-	if [[ ${command[0]} == qemu-img ]]; then
-		command+=("$1")
+	if [[ ${program[0]} == qemu-img ]]; then
+		program+=("$1")
 		shift
 	fi
-	if [[ ${command[1]-} == convert || ${command[1]-} == compare ]]; then
-		last=("${*: -1}")
+	if [[ ${program[1]-} == convert || ${program[1]-} == compare ]]; then
+		behind=("${*: -1}")
 		set -- "${@:1:$#-1}"
 	fi
-	"${command[@]}" "${secret[@]}" "$@" "$name" "${last[@]}"
+	"${program[@]}" "${secret[@]}" "$@" "$name" "${behind[@]}"
 }
 
 # is_clean_image: qemu-img check finds nothing at all in it.

@@ -268,6 +268,7 @@ fsyncs() {
 	echo 1 >$event/enable
 	ok "$@"
 	echo 0 >$event/enable
+	# shellcheck disable=SC2034 # for the test
 	FSYNCS=$(grep -c 'ext4_sync_file_enter:' /sys/kernel/tracing/trace)
 }
 
