@@ -2,7 +2,8 @@
 /*
  * Passphrases of encrypted images, and what follows from them. LUKS headers are the
  * business of libcryptsetup, which is given a copy in memory. The driver gets the
- * key of the volume. What is secret is in memory that is wiped, and nowhere else.
+ * key of the volume. What is secret is in memory that is wiped; but for a check or a
+ * repair, for which qemu-img inherits a file in memory that has the passphrase.
  */
 #include <errno.h>
 #include <libcryptsetup.h>
