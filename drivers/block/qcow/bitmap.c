@@ -310,6 +310,16 @@ static void qcow_bitmaps_free(struct qcow_bitmaps *maps)
 	kvfree(maps);
 }
 
+/* A barrier; if one fails, none that comes later makes up for it. */
+static int qcow_bitmap_sync(struct qcow_image *image)
+{
+	int err = qcow_file_sync(&image->file);
+
+	if (err)
+		qcow_image_fail(image, "flush failed with error %d", err);
+	return err;
+}
+
 /* Mark all that are kept up as in use, or not; durably. */
 static int qcow_bitmaps_mark(struct qcow_image *image, bool in_use)
 {
@@ -323,7 +333,7 @@ static int qcow_bitmaps_mark(struct qcow_image *image, bool in_use)
 		maps->maps[i].entry->flags = cpu_to_be32(flags);
 	err = qcow_bitmap_write(image, image->header.bitmap_directory_offset,
 				maps->directory, maps->size);
-	return err ?: qcow_file_sync(&image->file);
+	return err ?: qcow_bitmap_sync(image);
 }
 
 /**
@@ -357,7 +367,7 @@ int qcow_bitmaps_begin(struct qcow_image *image, struct qcow_message *msg)
 	if (maps->buf && maps->directory)
 		err = qcow_bitmaps_load(image);
 	if (err == -EINVAL)
-		qcow_message_set(msg, "its bitmaps are damaged; remove them with 'qemu-img bitmap --remove', or attach it read-only");
+		qcow_message_set(msg, "its bitmaps are damaged; attach it read-only, which does without them");
 	else if (err == -ENOMEM)
 		qcow_message_set(msg, "its bitmaps take more memory than there is for them (%llu MiB of %u); attach it read-only, or disable some",
 				 maps->bytes >> 20, QCOW_BITMAPS_MAX_BYTES >> 20);
@@ -501,7 +511,7 @@ static void qcow_bitmap_trim(const struct qcow_image *image,
 /* All that is written, and what it takes to find it. */
 static int qcow_bitmap_barrier(struct qcow_image *image)
 {
-	return qcow_commit_all(image) ?: qcow_file_sync(&image->file) ?:
+	return qcow_commit_all(image) ?: qcow_bitmap_sync(image) ?:
 	       qcow_image_error(image);
 }
 
@@ -530,7 +540,7 @@ static int qcow_bitmap_store(struct qcow_image *image,
 	/* From here on either table may be the one in the file. */
 	err = qcow_bitmap_write(image, map->table_offset, map->new_table,
 				length) ?:
-	      qcow_file_sync(&image->file);
+	      qcow_bitmap_sync(image);
 	if (err)
 		return err;
 	qcow_bitmap_free_others(image, map, map->table, map->new_table);
