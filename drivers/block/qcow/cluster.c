@@ -181,6 +181,7 @@ static int qcow_l2_make(struct qcow_image *image, u64 guest_offset)
 
 	new = cluster << image->cluster_bits;
 	err = qcow_l2_fill(image, new, old);
+	qcow_hold(QCOW_POINT_TABLE_MADE);
 	if (!err) {
 		qcow_overlap_add(image, QCOW_METADATA_L2, new,
 				 qcow_cluster_size(image));

@@ -244,9 +244,11 @@ static int qcow_commit_group(struct qcow_image *image)
 
 	err = qcow_write_list(image, &counts, QCOW_BLOCK_COUNT);
 	if (!err && !list_empty(&links)) {
+		qcow_hold(QCOW_POINT_COMMIT_COUNTS);
 		err = qcow_barrier(image, true, true);
 		if (!err) {
 			step = 2;
+			qcow_hold(QCOW_POINT_COMMIT_LINKS);
 			err = qcow_write_list(image, &links, QCOW_BLOCK_LINK);
 		}
 	}
@@ -432,9 +434,11 @@ static int qcow_reclaim_run(struct qcow_image *image, struct qcow_free *free)
 			if (err)
 				return err;
 			qcow_unpack_drop(image, pos, len);
+			qcow_hold(QCOW_POINT_PUNCH);
 			if (free->punch)
 				err = qcow_file_punch(&image->file, pos, len);
 			trace_qcow_free(image, pos, len, err);
+			qcow_hold(QCOW_POINT_COUNT_DROP);
 		}
 		for (cluster = first; cluster < next; cluster++) {
 			err = qcow_refcount_drop(image, cluster);
@@ -461,8 +465,10 @@ static void qcow_reclaim(struct qcow_image *image)
 	spin_lock_irq(&image->lock);
 	list_splice_init(&image->reclaims, &list);
 	spin_unlock_irq(&image->lock);
-	if (!list_empty(&list))
+	if (!list_empty(&list)) {
+		qcow_hold(QCOW_POINT_RECLAIM);
 		synchronize_srcu_expedited(&image->epoch);
+	}
 	while (!list_empty(&list)) {
 		free = list_first_entry(&list, struct qcow_free, node);
 		list_del(&free->node);

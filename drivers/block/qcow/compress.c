@@ -320,6 +320,7 @@ static int qcow_unpack_fill(struct qcow_image *image,
 	iov_iter_bvec(&iter, ITER_DEST, unpacker->vecs, unpacker->nr_vecs,
 		      skip + length);
 	err = qcow_file_rw(&image->file, &iter, start, 0);
+	qcow_hold(QCOW_POINT_UNPACK);
 	if (!err) {
 		if (is_vmalloc_addr(unpacker->data))
 			invalidate_kernel_vmap_range(unpacker->data,

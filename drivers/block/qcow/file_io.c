@@ -262,9 +262,11 @@ static void qcow_iocb_end(struct kiocb *iocb)
 static ssize_t qcow_iocb_issue(struct kiocb *iocb, struct iov_iter *iter)
 {
 	const struct file_operations *fops = iocb->ki_filp->f_op;
+	bool read = iov_iter_rw(iter) == ITER_DEST;
+	int err = qcow_fault(read ? QCOW_FAULT_READ : QCOW_FAULT_WRITE);
 
-	return iov_iter_rw(iter) == ITER_DEST ? fops->read_iter(iocb, iter) :
-						fops->write_iter(iocb, iter);
+	return err ?: read ? fops->read_iter(iocb, iter) :
+			     fops->write_iter(iocb, iter);
 }
 
 static void qcow_io_put(struct qcow_io *io)
@@ -489,7 +491,8 @@ int qcow_file_write_zeroes(struct qcow_file *f, u64 len, loff_t pos)
  */
 int qcow_file_sync(struct qcow_file *f)
 {
-	return f->no_sync ? 0 : vfs_fsync(f->file, 1);
+	return qcow_fault(QCOW_FAULT_SYNC) ?:
+	       f->no_sync ? 0 : vfs_fsync(f->file, 1);
 }
 
 /**
@@ -508,7 +511,8 @@ int qcow_file_punch(struct qcow_file *f, u64 pos, u64 len)
 
 	if (READ_ONCE(f->no_punch))
 		return -EOPNOTSUPP;
-	err = vfs_fallocate(f->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+	err = qcow_fault(QCOW_FAULT_FALLOCATE) ?:
+	      vfs_fallocate(f->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
 			    pos, len);
 	if (err == -EOPNOTSUPP) {
 		WRITE_ONCE(f->no_punch, true);
@@ -534,7 +538,8 @@ int qcow_file_allocate(struct qcow_file *f, u64 pos, u64 len)
 
 	if (f->bdev)
 		return 0;
-	err = vfs_fallocate(f->file, FALLOC_FL_KEEP_SIZE, pos, len);
+	err = qcow_fault(QCOW_FAULT_FALLOCATE) ?:
+	      vfs_fallocate(f->file, FALLOC_FL_KEEP_SIZE, pos, len);
 	return err == -ENOSPC || err == -EDQUOT ? err : 0;
 }
 
@@ -550,7 +555,8 @@ int qcow_file_allocate(struct qcow_file *f, u64 pos, u64 len)
 int qcow_file_truncate(struct qcow_file *f, u64 size)
 {
 	const struct cred *old = override_creds(f->file->f_cred);
-	int err = vfs_truncate(&f->file->f_path, size);
+	int err = qcow_fault(QCOW_FAULT_TRUNCATE) ?:
+		  vfs_truncate(&f->file->f_path, size);
 
 	revert_creds(old);
 	return err;

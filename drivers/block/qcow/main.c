@@ -424,13 +424,17 @@ static int __init qcow_init(void)
 	if (err)
 		return err;
 	err = misc_register(&qcow_control);
-	if (err)
+	if (err) {
 		qcow_devices_exit();
-	return err;
+		return err;
+	}
+	qcow_debug_init();
+	return 0;
 }
 
 static void __exit qcow_exit(void)
 {
+	qcow_debug_exit();
 	misc_deregister(&qcow_control);
 	qcow_devices_exit();
 }

@@ -52,6 +52,7 @@
 #include <linux/xarray.h>
 
 #include "compat.h"
+#include "debug.h"
 #include "header.h"
 
 /**

@@ -400,6 +400,7 @@ static int qcow_refblock_create(struct qcow_image *image,
 	      qcow_refblock_write(image, home, 1);
 	if (err)
 		return err;
+	qcow_hold(QCOW_POINT_REFBLOCK_MADE);
 	qcow_overlap_add(image, QCOW_METADATA_REFBLOCK, home, cluster_size);
 	qcow_note_used(image, home + cluster_size);
 
@@ -588,6 +589,7 @@ static int qcow_reftable_grow(struct qcow_image *image, u32 old_clusters)
 		err = -EIO;
 		goto out_unlock;
 	}
+	qcow_hold(QCOW_POINT_REFTABLE_MADE);
 	fields.offset = cpu_to_be64(table);
 	fields.clusters = cpu_to_be32(clusters);
 	err = qcow_image_update_header(image,

@@ -448,6 +448,9 @@ static void qcow_segment_start(struct qcow_segment *seg)
 {
 	struct request *rq = blk_mq_rq_from_pdu(seg->req);
 
+	qcow_hold(seg->mapping ? QCOW_POINT_ALLOCATE :
+		  op_is_write(req_op(rq)) ? QCOW_POINT_OVERWRITE :
+					    QCOW_POINT_READ);
 	/* What is encrypted for it is in memory that has to be waited for. */
 	if (seg->image->crypt && op_is_write(req_op(rq))) {
 		qcow_segment_result(seg, qcow_segment_rw(seg));

@@ -341,6 +341,7 @@ static int qcow_block_fill(struct qcow_block *block)
 	this_cpu_inc(block->cache->stats->misses);
 	err = qcow_file_read(&image->file, block->data, size,
 			     block->host_offset);
+	qcow_hold(QCOW_POINT_TABLE_READ);
 	trace_qcow_table_read(image, block->host_offset, size, err);
 	return err;
 }
