@@ -25,7 +25,8 @@ help:
 	@echo '  check      static checks'
 	@echo '  kunit      unit tests of the driver'
 	@echo '  coverage   which lines of the driver the tests execute'
-	@echo '  soak       the tests that take hours'
+	@echo '  soak       what looks for lost data, with random seeds, for TIME= seconds'
+	@echo '             (14400); the sums of all runs are kept'
 	@echo '  bench      what requests cost, in virtual machines that count instructions;'
 	@echo '             DEV=/dev/X or IMAGE=FILE on this machine, which is then only read,'
 	@echo '             or with WRITE=1 overwritten'
@@ -71,7 +72,7 @@ coverage:
 
 soak:
 	tests/setup
-	QCOW_SOAK=1 tests/run -k 6.1 -k debug
+	tests/soak $(TIME)
 
 bench:
 	$(if $(DEV)$(IMAGE),,tests/setup)
