@@ -271,8 +271,11 @@ static int qcow_commit_group(struct qcow_image *image)
 	}
 	if (image->nr_reclaims)
 		queue_work(image->wq, &image->reclaim_work);
+	/* The time begins with the first change after this. */
 	if (image->nr_dirty || image->nr_frees)
 		qcow_commit_arm_locked(image);
+	else
+		cancel_delayed_work(&image->commit_work);
 	spin_unlock_irq(&image->lock);
 	trace_qcow_commit(image, step, err);
 	qcow_io_scope_exit(scope);
