@@ -219,6 +219,20 @@ u64 qcow_file_size(const struct qcow_file *f)
 	return i_size_read(f->file->f_mapping->host);
 }
 
+/**
+ * qcow_file_gone - has the disk been taken away that the file is
+ * @f: the file
+ *
+ * Such a disk has no length any more. So a read finds that it is behind the end, and
+ * a write that there is no space, and neither is so.
+ *
+ * Return: true if so.
+ */
+bool qcow_file_gone(const struct qcow_file *f)
+{
+	return f->bdev && !qcow_file_size(f);
+}
+
 static void qcow_iocb_init(struct kiocb *iocb, struct qcow_file *f, loff_t pos,
 			   int flags, bool write)
 {
@@ -259,14 +273,19 @@ static void qcow_iocb_end(struct kiocb *iocb)
 		kiocb_end_write(iocb);
 }
 
-static ssize_t qcow_iocb_issue(struct kiocb *iocb, struct iov_iter *iter)
+static ssize_t qcow_iocb_issue(struct qcow_file *f, struct kiocb *iocb,
+			       struct iov_iter *iter)
 {
 	const struct file_operations *fops = iocb->ki_filp->f_op;
 	bool read = iov_iter_rw(iter) == ITER_DEST;
-	int err = qcow_fault(read ? QCOW_FAULT_READ : QCOW_FAULT_WRITE);
+	ssize_t ret = qcow_fault(read ? QCOW_FAULT_READ : QCOW_FAULT_WRITE);
 
-	return err ?: read ? fops->read_iter(iocb, iter) :
+	if (!ret)
+		ret = read ? fops->read_iter(iocb, iter) :
 			     fops->write_iter(iocb, iter);
+	if ((!ret || ret == -ENOSPC) && qcow_file_gone(f))
+		ret = -EIO;
+	return ret;
 }
 
 static void qcow_io_put(struct qcow_io *io)
@@ -313,7 +332,7 @@ void qcow_io_submit(struct qcow_io *io, struct qcow_file *f, loff_t pos,
 	atomic_set(&io->refs, 2);
 	if (f->direct)
 		io->iocb.ki_complete = qcow_io_complete;
-	ret = qcow_iocb_issue(&io->iocb, &io->iter);
+	ret = qcow_iocb_issue(f, &io->iocb, &io->iter);
 	if (ret != -EIOCBQUEUED)
 		qcow_io_complete(&io->iocb, ret);
 	qcow_io_put(io);
@@ -328,7 +347,7 @@ void qcow_io_submit(struct qcow_io *io, struct qcow_file *f, loff_t pos,
  *
  * Return: 0, or an errno. What a read finds behind the end of the file is zero;
  * a write that the file cuts short without saying why is -ENOSPC at the end of
- * a block device, and -EIO elsewhere.
+ * a block device, and -EIO elsewhere. -EIO also where the block device is gone.
  */
 int qcow_file_rw(struct qcow_file *f, struct iov_iter *iter, loff_t pos,
 		 int iocb_flags)
@@ -336,17 +355,22 @@ int qcow_file_rw(struct qcow_file *f, struct iov_iter *iter, loff_t pos,
 	bool write = iov_iter_rw(iter) == ITER_SOURCE;
 	struct kiocb iocb;
 	ssize_t ret;
+	u64 size;
 
 	while (iov_iter_count(iter)) {
-		if (!write && pos >= qcow_file_size(f)) {
+		size = qcow_file_size(f);
+		/* See qcow_file_gone(). */
+		if (f->bdev && !size)
+			return -EIO;
+		if (!write && pos >= size) {
 			iov_iter_zero(iov_iter_count(iter), iter);
 			break;
 		}
-		if (write && f->bdev && pos >= qcow_file_size(f))
+		if (write && f->bdev && pos >= size)
 			return -ENOSPC;
 		qcow_iocb_init(&iocb, f, pos, iocb_flags, write);
 		qcow_iocb_start(&iocb);
-		ret = qcow_iocb_issue(&iocb, iter);
+		ret = qcow_iocb_issue(f, &iocb, iter);
 		qcow_iocb_end(&iocb);
 		/* A process that is being killed would get the same again. */
 		if ((ret == -EINTR || ret == -ERESTARTSYS) &&

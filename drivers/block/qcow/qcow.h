@@ -137,6 +137,7 @@ int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 void qcow_file_release(struct qcow_file *f);
 void qcow_fput(struct file *file);
 u64 qcow_file_size(const struct qcow_file *f);
+bool qcow_file_gone(const struct qcow_file *f);
 void qcow_io_submit(struct qcow_io *io, struct qcow_file *f, loff_t pos,
 		    int iocb_flags);
 int qcow_file_rw(struct qcow_file *f, struct iov_iter *iter, loff_t pos,

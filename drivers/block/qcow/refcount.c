@@ -705,6 +705,9 @@ static int qcow_search(struct qcow_image *image, u64 want, u64 *cluster,
 	int err;
 
 	lockdep_assert_held(&image->alloc_mutex);
+	/* Otherwise it would be full. */
+	if (qcow_file_gone(&image->file))
+		return -EIO;
 	limit = image->file.bdev ?
 		qcow_file_size(&image->file) >> image->cluster_bits :
 		QCOW_MAX_HOST_OFFSET >> image->cluster_bits;
