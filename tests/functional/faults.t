@@ -221,9 +221,12 @@ for shape; do
 	done
 done
 cd "$WORK" || exit
+sum=0
 for kind in "${kinds[@]}"; do
+	((sum += ${faults[$kind]-0}))
 	diag "$kind: ${faults[$kind]-0} failed, ${reported[$kind]-0} of them have been reported"
 done
+diag "totals: faults=$sum"
 ok "some of the writes that failed were reported" test "${reported[write]-0}" -gt 0
 is "each barrier that failed was reported" "${reported[sync]-0}" "${faults[sync]-0}"
 
