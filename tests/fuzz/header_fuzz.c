@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The header parser against bytes of any kind: libFuzzer calls this. Without it, as
- * built with FUZZ_MAIN, each file that is named is an input, and is then changed at
- * random, the same way each time, so many times as -n says.
+ * The header parser against bytes of any kind: libFuzzer calls this, or fuzz_main.c.
  *
  * An input is a byte that says whether the image is to be written, and the start of
  * the image. What header.c promises of a header that it takes has to hold.
@@ -80,69 +78,3 @@ int LLVMFuzzerTestOneInput(const u8 *data, size_t size)
 	free(cluster);
 	return 0;
 }
-
-#ifdef FUZZ_MAIN
-static u64 state = 1;
-
-static u32 draw(u32 below)
-{
-	state = state * 6364136223846793005ULL + 1442695040888963407ULL;
-	return (state >> 33) % below;
-}
-
-/* A byte, a bit, or a number that is at the edge of something. */
-static void change(u8 *data, size_t size)
-{
-	static const u64 edges[] = {
-		0, 1, 0x7f, 0xff, 0x7fff, 0xffff, 0x10000, 0x7fffffff, 0x80000000, 0xffffffff,
-		1ULL << 56, 1ULL << 62, 1ULL << 63, ~0ULL, ~0xffffULL,
-	};
-	/* Most of what matters is in front. */
-	size_t at = draw(draw(4) ? (size < 160 ? size : 160) : size);
-	u64 edge = edges[draw(sizeof(edges) / sizeof(*edges))];
-	int i, width = 1 << draw(4);
-
-	if (draw(3) == 0) {
-		data[at] ^= 1 << draw(8);
-	} else if (draw(2)) {
-		data[at] = draw(256);
-	} else {
-		at &= ~(size_t)(width - 1);
-		for (i = 0; i < width && at + i < size; i++)
-			data[at + i] = edge >> 8 * (width - 1 - i);
-	}
-}
-
-int main(int argc, char **argv)
-{
-	int i, n = 0, changes;
-	unsigned long done = 0;
-
-	for (i = 1; i < argc; i++) {
-		u8 input[4097], changed[sizeof(input)];
-		size_t size;
-		FILE *f;
-
-		if (!strcmp(argv[i], "-n") && i + 1 < argc) {
-			n = atoi(argv[++i]);
-			continue;
-		}
-		f = fopen(argv[i], "rb");
-		if (!f) {
-			perror(argv[i]);
-			return 2;
-		}
-		size = 1 + fread(input + 1, 1, sizeof(input) - 1, f);
-		fclose(f);
-		for (int k = 0; k <= n; k++, done++) {
-			memcpy(changed, input, size);
-			changed[0] = k;
-			for (changes = k ? 1 + draw(6) : 0; changes; changes--)
-				change(changed + 1, size - 1);
-			LLVMFuzzerTestOneInput(changed, size);
-		}
-	}
-	printf("%lu inputs\n", done);
-	return !done;
-}
-#endif

@@ -41,4 +41,7 @@ static inline __printf(3, 4) int scnprintf(char *buf, size_t size, const char *f
 	return !size ? 0 : len < (int)size ? len : (int)size - 1;
 }
 
+/* What is called with each input, by libFuzzer or by fuzz_main.c */
+int LLVMFuzzerTestOneInput(const u8 *data, size_t size);
+
 #endif /* FUZZ_KERNEL_H */
