@@ -14,7 +14,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "history.h"
@@ -49,12 +48,12 @@ static void *need(void *p)
 static void *map_file(const char *path, uint64_t *size)
 {
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	struct stat st;
+	off_t end = fd < 0 ? -1 : lseek(fd, 0, SEEK_END);
 	void *p;
 
-	if (fd < 0 || fstat(fd, &st))
+	if (end < 0)
 		die("%s: %s", path, strerror(errno));
-	*size = st.st_size;
+	*size = end;
 	if (!*size)
 		die("%s: empty", path);
 	p = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fd, 0);
@@ -148,13 +147,20 @@ static bool allowed(uint64_t s, const unsigned char *data, uint64_t clock,
 
 static bool check_disk(const char *raw, uint64_t clock, const char *what)
 {
-	uint64_t size, s, wrong = 0, found, floor;
-	unsigned char *disk = map_file(raw, &size);
+	static unsigned char *disk;	/* kept: new memory costs more than to read it */
+	uint64_t size = head->sectors * SECTOR_SIZE, at = 0;
+	uint64_t s, wrong = 0, found, floor;
+	int fd = open(raw, O_RDONLY | O_CLOEXEC);
+	ssize_t n = fd < 0 ? -1 : 1;
 
-	if (size < head->sectors * SECTOR_SIZE) {
-		printf("# %s: the disk is too short\n", what);
+	disk = disk ?: need(malloc(size));
+	for (; at < size && n > 0; at += n)
+		n = read(fd, disk + at, size - at);
+	if (n <= 0) {
+		printf("# %s: the disk cannot be read or is too short\n", what);
 		return false;
 	}
+	close(fd);
 	for (s = 0; s < head->sectors; s++) {
 		const uint32_t *id;
 		const unsigned char *data = disk + s * SECTOR_SIZE;
@@ -179,7 +185,6 @@ static bool check_disk(const char *raw, uint64_t clock, const char *what)
 		for (id = by_sector[s]; *id; id++)
 			print_op(*id);
 	}
-	munmap(disk, size);
 	if (wrong)
 		printf("# %s: %" PRIu64 " sectors are wrong\n", what, wrong);
 	return !wrong;
