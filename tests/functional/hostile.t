@@ -34,6 +34,32 @@ make_bad() {
 	done
 }
 
+# noticed DESC SAYS COMMAND OFFSET HEX: the xfs_io command meets the damage, and SAYS
+# is what is told of it.
+noticed() {
+	local desc=$1 says=$2 command=$3
+
+	make_bad "$4" "$5"
+	attach "$PWD/bad.qcow2" || return
+	xfs_io -d -c "$command" -c fsync "$DEV" >/dev/null 2>&1
+	like "noticed: $desc" "$(<"/sys/block/${DEV#/dev/}/qcow/damage")" "$says"
+	try_detach || forget "$DEV"
+}
+
+make_good 1.1
+r='pread -q 0 4k' w='pwrite -q 8M 64k'
+noticed "L1 entry not aligned" 'L1 entry .* not a cluster' "$r" $((0x30000)) 8000000000040200
+noticed "L1 entry beyond the file" 'L2 table .* behind the end' "$r" $((0x30000)) 8000000010000000
+noticed "L2 entry not aligned" 'L2 entry .* not valid' "$r" $((0x40000)) 8000000000050200
+noticed "L2 entry beyond the file" 'mapped to .* behind the end' "$r" $((0x40000)) 8000000010000000
+noticed "refcount table entry not aligned" 'refcount table entry 0' "$w" $((0x10000)) 0000000000020200
+noticed "refcount table entry beyond the file" 'refcount table entry 0' "$w" $((0x10000)) 0000000010000000
+for field in "L1 table:40" "refcount table:48"; do
+	make_bad "${field#*:}" 0000000010000000
+	not_ok "not written: ${field%:*} beyond the file" try_attach "$PWD/bad.qcow2"
+	like "not written: ${field%:*} beyond the file, and why" "$(<"$WORK/.err")" 'cut short'
+done
+
 # The header, field by field: refused at attach, in one line, read-only or not.
 ways=("" --read-only)
 versions=(1.1 0.10)
