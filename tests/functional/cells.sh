@@ -11,9 +11,10 @@
 #   rc=16            refcount bits
 #   pre=off          preallocation: off, metadata, falloc
 #   chain=none       none; raw; qcow2 (base of another cluster size); short and
-#                    long (a raw base that is shorter or longer); deep (three
-#                    layers); zero (a qcow2 base with zero clusters over data);
-#                    packed (a qcow2 base that is compressed)
+#                    long (a raw base that is shorter or longer); odd (one that
+#                    does not end with a sector); deep (three layers, of which the
+#                    middle one is shorter); zero (a qcow2 base with zero clusters
+#                    over data); packed (a qcow2 base that is compressed)
 #   data=none        none; file or raw: an external data file
 #   enc=none         luks or aes: it is encrypted
 #   packed=          zlib or zstd: QEMU wrote most of it compressed
@@ -120,6 +121,11 @@ make_image() {
 		make_raw base.raw $((full / 2 + 3 * 512)) 1002 || return
 		base=base.raw base_fmt=raw
 		;;
+	odd)
+		make_raw base.raw $((full / 2)) 1002 &&
+			truncate -s -100 base.raw || return
+		base=base.raw base_fmt=raw
+		;;
 	long)
 		make_raw base.raw $((full + 1048576 + 512)) 1003 || return
 		base=base.raw base_fmt=raw
@@ -138,9 +144,9 @@ make_image() {
 		base=base.qcow2 base_fmt=qcow2
 		;;
 	deep | zero)
-		make_raw low.raw $((full * 3 / 4 / 512 * 512)) 1005 &&
-			qemu-img create -q -f qcow2 -b low.raw -F raw \
-				-o "cluster_size=$other" base.qcow2 $((full - 65536)) &&
+		make_raw low.raw "$full" 1005 &&
+			qemu-img create -q -f qcow2 -b low.raw -F raw -o "cluster_size=$other" \
+				base.qcow2 $((full * 3 / 4 / 512 * 512 - 512)) &&
 			qemu-io -f qcow2 -c 'write -q -P 0x51 1000k 300k' \
 				-c 'write -q -z 512k 200k' \
 				-c 'write -q -z -u 2000k 777k' \

@@ -40,6 +40,7 @@ FIXED=(
 	'cs=64k,size=8388908,init=1'
 	'cs=2M,size=20971000,init=1,jobs=4'
 	'cs=4k,chain=short,discard=ignore,jobs=4'
+	'cs=64k,chain=odd,jobs=4'
 	'cs=4k,snap=1,io=direct,discard=keep,jobs=4'
 	'cs=1M,size=16M,chain=raw,jobs=4,hot=4M'
 	'cs=16k,ext=1,snap=1,init=1'
