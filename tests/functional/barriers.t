@@ -37,8 +37,8 @@ write_at() {
 	xfs_io -d -c "pwrite -q -b 64k $1 $2" "$DEV"
 }
 
-for options in cluster_size=64k cluster_size=4k lazy_refcounts=on extended_l2=on \
-	data_file=image.qcow2.data; do
+for options in data_file=image.qcow2.data cluster_size=64k cluster_size=4k lazy_refcounts=on \
+	extended_l2=on; do
 	kind=$options
 	rm -f image.qcow2*
 	qemu-img create -q -f qcow2 -o "$options" image.qcow2 64M

@@ -96,6 +96,47 @@ detach
 is "cleared by QEMU, it stays clear" "$(bits image.qcow2 fine)" ""
 check_clean image.qcow2
 
+# Damaged ones
+qemu-img create -q -f qcow2 good.qcow2 64M
+qemu-img bitmap --add good.qcow2 map
+qemu-img bitmap --add good.qcow2 other
+qemu-io -f qcow2 -c 'write -q 0 1M' good.qcow2
+at=$(head -c 65536 good.qcow2 | od -An -v -tx4 --endian=big -w4 | grep -n 23852875)
+at=$(((${at%%:*} - 1) * 4))
+directory=$((0x$(od -An -v -tx8 --endian=big -j $((at + 24)) -N 8 good.qcow2 | tr -d ' ')))
+table=$((0x$(od -An -v -tx8 --endian=big -j $directory -N 8 good.qcow2 | tr -d ' ')))
+l2=$((0x$(od -An -v -tx8 --endian=big -j $((0x30000)) -N 8 good.qcow2 | tr -d ' ') & ~(1 << 63)))
+damaged() {
+	cp good.qcow2 bad.qcow2
+	put_bytes bad.qcow2 "$2" "$3"
+	cp bad.qcow2 bad.before
+	not_ok "$1: refused" try_attach "$PWD/bad.qcow2"
+	like "$1: why" "$(<"$WORK/.err")" 'bitmaps are damaged'
+	ok "$1: and left alone" cmp bad.qcow2 bad.before
+	attach --read-only "$PWD/bad.qcow2"
+	detach
+}
+damaged "more of them than there should be" $((at + 8)) 00000001
+damaged "fewer of them than there should be" $((at + 8)) 00000003
+damaged "a directory where an L1 table is" $((at + 24)) 0000000000030000
+damaged "a table where an L2 table is" $directory "$(printf %016x "$l2")"
+damaged "a table at 0" $directory 0000000000000000
+damaged "a table that is not aligned" $((directory + 6)) 0200
+damaged "a table behind the end" $directory 0000000100000000
+damaged "a table of the wrong length" $((directory + 8)) 00000002
+damaged "unknown flags" $((directory + 12)) 00000006
+damaged "another type" $((directory + 16)) 02
+damaged "a granularity of 256 bytes" $((directory + 17)) 08
+damaged "a granularity of 2^40" $((directory + 17)) 28
+damaged "no name" $((directory + 18)) 0000
+damaged "a name that is too long" $((directory + 18)) ffff
+damaged "extra data" $((directory + 20)) 00000008
+damaged "bits behind the end" $table 0000000100000000
+damaged "bits that are not aligned" $((table + 6)) 0200
+damaged "reserved bits in the table" $table 80
+damaged "bits where the table is" $table "$(printf %016x "$table")"
+damaged "bits that are not counted" $((0x20000 + (table >> 16) * 2)) 0000
+
 # Many clusters of bits, written at random; and a size that is no multiple of anything
 qemu-img create -q -f qcow2 -o cluster_size=512 small.qcow2 33333760
 qemu-img bitmap --add small.qcow2 map -g 512
@@ -201,45 +242,5 @@ is "and nothing is wrong with the image" \
 is "nor lost" "$(qemu-io -r -f qcow2 -c 'read -q -P 0xcd 200M 4k' small/full.qcow2 2>&1)" ""
 umount small
 
-# Damaged ones
-qemu-img create -q -f qcow2 good.qcow2 64M
-qemu-img bitmap --add good.qcow2 map
-qemu-img bitmap --add good.qcow2 other
-qemu-io -f qcow2 -c 'write -q 0 1M' good.qcow2
-at=$(head -c 65536 good.qcow2 | od -An -v -tx4 --endian=big -w4 | grep -n 23852875)
-at=$(((${at%%:*} - 1) * 4))
-directory=$((0x$(od -An -v -tx8 --endian=big -j $((at + 24)) -N 8 good.qcow2 | tr -d ' ')))
-table=$((0x$(od -An -v -tx8 --endian=big -j $directory -N 8 good.qcow2 | tr -d ' ')))
-l2=$((0x$(od -An -v -tx8 --endian=big -j $((0x30000)) -N 8 good.qcow2 | tr -d ' ') & ~(1 << 63)))
-damaged() {
-	cp good.qcow2 bad.qcow2
-	put_bytes bad.qcow2 "$2" "$3"
-	cp bad.qcow2 bad.before
-	not_ok "$1: refused" try_attach "$PWD/bad.qcow2"
-	like "$1: why" "$(<"$WORK/.err")" 'bitmaps are damaged'
-	ok "$1: and left alone" cmp bad.qcow2 bad.before
-	attach --read-only "$PWD/bad.qcow2"
-	detach
-}
-damaged "more of them than there should be" $((at + 8)) 00000001
-damaged "fewer of them than there should be" $((at + 8)) 00000003
-damaged "a directory where an L1 table is" $((at + 24)) 0000000000030000
-damaged "a table where an L2 table is" $directory "$(printf %016x "$l2")"
-damaged "a table at 0" $directory 0000000000000000
-damaged "a table that is not aligned" $((directory + 6)) 0200
-damaged "a table behind the end" $directory 0000000100000000
-damaged "a table of the wrong length" $((directory + 8)) 00000002
-damaged "unknown flags" $((directory + 12)) 00000006
-damaged "another type" $((directory + 16)) 02
-damaged "a granularity of 256 bytes" $((directory + 17)) 08
-damaged "a granularity of 2^40" $((directory + 17)) 28
-damaged "no name" $((directory + 18)) 0000
-damaged "a name that is too long" $((directory + 18)) ffff
-damaged "extra data" $((directory + 20)) 00000008
-damaged "bits behind the end" $table 0000000100000000
-damaged "bits that are not aligned" $((table + 6)) 0200
-damaged "reserved bits in the table" $table 80
-damaged "bits where the table is" $table "$(printf %016x "$table")"
-damaged "bits that are not counted" $((0x20000 + (table >> 16) * 2)) 0000
 no_kernel_report
 done_testing

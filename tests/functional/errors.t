@@ -126,9 +126,6 @@ faulted() {
 	fi
 	storage_gone
 }
-for ((round = 0; round < rounds; round++)); do
-	faulted $round $((round / 2 % 2))
-done
 
 # Single bad sectors
 bad_at() {
@@ -186,6 +183,10 @@ if attach /dev/mapper/faulty; then
 	ok "and the image has no error" is_consistent /dev/mapper/faulty
 fi
 storage_gone
+
+for ((round = 0; round < rounds; round++)); do
+	faulted $round $((round / 2 % 2))
+done
 
 no_kernel_report
 done_testing
