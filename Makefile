@@ -27,6 +27,7 @@ help:
 	@echo '  coverage   which lines of the driver the tests execute'
 	@echo '  soak       what looks for lost data, with random seeds, for TIME= seconds'
 	@echo '             (14400); the sums of all runs are kept'
+	@echo '  mutants    do the tests notice when the driver breaks one of its rules?'
 	@echo '  bench      what requests cost, in virtual machines that count instructions;'
 	@echo '             DEV=/dev/X or IMAGE=FILE on this machine, which is then only read,'
 	@echo '             or with WRITE=1 overwritten'
@@ -74,6 +75,10 @@ soak:
 	tests/setup
 	tests/soak $(TIME)
 
+mutants:
+	tests/setup
+	tests/mutants/run
+
 bench:
 	$(if $(DEV)$(IMAGE),,tests/setup)
 	tests/bench/run $(if $(DEV),-d $(DEV)) $(if $(IMAGE),-i $(IMAGE)) \
@@ -88,4 +93,4 @@ guest-shell:
 	tests/guest/run $(if $(K),-k $(K))
 
 .PHONY: all help headers module tool install clean test check kunit coverage bench \
-	soak demo guest-shell
+	soak mutants demo guest-shell
