@@ -844,7 +844,7 @@ static void run_states(uint64_t *boundaries, uint64_t *within, uint64_t *skipped
 			k += do_state(k, which, "nothing after the flush");
 			++*boundaries;
 		}
-		for (tries = 2 * due; distinct < share && tries; tries--) {
+		for (tries = 4 * due; distinct < share && tries; tries--) {
 			const char *way;
 
 			rng = mix64(opt.seed ^ mix64(k ^ tries << 32));

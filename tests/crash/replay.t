@@ -16,12 +16,12 @@
 
 crash=$(cd "$(dirname "$0")" && pwd)
 tree=$(cd "$crash/../.." && pwd)
-states=${QCOW_STATES:-170}
+states=${QCOW_STATES:-185}
 seed=${QCOW_SEED:-1}
 kernel=${QCOW_KERNEL:-6.1}
 ops=${QCOW_OPS:-500}
 mix=${QCOW_MIX:-read=4,write=50,zero=6,punch=6,discard=8,flush=8}
-kept=3
+kept=2
 if [[ ${QCOW_SOAK-} ]]; then
 	states=${QCOW_STATES:-1000}
 	seed=${QCOW_SEED:-$((SRANDOM % 1000000))}
