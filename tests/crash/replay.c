@@ -97,7 +97,6 @@ static struct {
 	const char *extract;
 	const char *extracted;
 	const char *keep;
-	const char *totals;
 	uint64_t log_at;
 	uint64_t split;
 	uint64_t states;
@@ -874,7 +873,7 @@ int main(int argc, char **argv)
 		{ "split", 1, NULL, 'p' }, { "options", 1, NULL, 'O' },
 		{ "key", 1, NULL, 'k' }, { "extract", 1, NULL, 'x' },
 		{ "extracted", 1, NULL, 'X' }, { "keep", 1, NULL, 'K' },
-		{ "kept", 1, NULL, 'N' }, { "totals", 1, NULL, 't' },
+		{ "kept", 1, NULL, 'N' },
 		{ "forget-flush", 0, NULL, 'F' },
 		{ NULL, 0, NULL, 0 },
 	};
@@ -930,9 +929,6 @@ int main(int argc, char **argv)
 		case 'N':
 			opt.kept = strtoull(optarg, NULL, 0);
 			break;
-		case 't':
-			opt.totals = optarg;
-			break;
 		case 'm':
 			opt.name = optarg;
 			break;
@@ -966,7 +962,6 @@ int main(int argc, char **argv)
 			"  [--extract DIR]  mount each state and copy the files there, no more\n"
 			"  [--extracted DIR] and use these\n"
 			"  [--keep DIR --kept N] keep about so many good images and their contents\n"
-			"  [--totals FILE]  append a line: name, seed, states, failures, seconds\n"
 			"  [--only STATE]   only this one, and keep its image if it fails\n"
 			"  [--forget-flush] expect too much (to test this program)\n");
 		return 2;
@@ -1011,14 +1006,6 @@ int main(int argc, char **argv)
 	       distinct, boundaries, within, skipped, bad, seconds() - start);
 	if (dirty)
 		printf("# %u states were marked dirty\n", dirty);
-	if (opt.totals) {
-		FILE *f = fopen(opt.totals, "a");
-
-		if (!f || fprintf(f, "%s %" PRIu64 " %" PRIu64 " %u %.0f\n", opt.name,
-				  opt.seed, distinct, bad, seconds() - start) < 0 ||
-		    fclose(f))
-			die("%s: %s", opt.totals, strerror(errno));
-	}
 	unlink(state_path);
 	unlink(out_path);
 	if (skipped * 2 > opt.states)
