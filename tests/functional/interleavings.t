@@ -66,7 +66,7 @@ release() {
 held() {
 	local i state
 
-	for ((i = 0; i < 600; i++)); do
+	for ((i = 0; i < 3000; i++)); do
 		read -r state <"$POINTS/hold-$1"
 		((state != 2)) || return 0
 		nap 0.05
@@ -128,7 +128,7 @@ passes() {
 	local i
 
 	begin "$@"
-	for ((i = 0; i < 600; i++)); do
+	for ((i = 0; i < 3000; i++)); do
 		if ! kill -0 "${PIDS[-1]}" 2>/dev/null; then
 			wait "${PIDS[-1]}" || fail "$CASE: $*: $(<.requests)"
 			unset 'PIDS[-1]'
@@ -176,7 +176,7 @@ not_freed() {
 is_freed() {
 	local i
 
-	for ((i = 0; i < 600; i++)); do
+	for ((i = 0; i < 3000; i++)); do
 		(($(freed) == $1)) || break
 		nap 0.05
 	done
