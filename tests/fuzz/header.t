@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # The header parser, as a program with sanitizers, survives any bytes, and what it promises of a header that it takes holds.
 # runs-on: host
-# timeout: 600
+# timeout: 1200
 
 # QCOW_SOAK=1 has libFuzzer look for more, if there is clang: a million times.
 
