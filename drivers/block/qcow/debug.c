@@ -20,7 +20,6 @@
 
 #include "debug.h"
 
-#define QCOW_POINT_OFF		0
 #define QCOW_POINT_ARMED	1
 #define QCOW_POINT_HELD		2
 

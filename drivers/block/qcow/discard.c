@@ -238,12 +238,12 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 		qcow_frees_queue_locked(image, &frees);
 		spin_unlock_irqrestore(&image->lock, flags);
 	}
+	qcow_hold(QCOW_POINT_CLEARED);
 	/*
 	 * Writes that overwrite the old data in place have to be over before a
 	 * new one may count on what it puts around its own: only this lock
 	 * keeps it from taking the cluster into use again.
 	 */
-	qcow_hold(QCOW_POINT_CLEARED);
 	if (kept)
 		synchronize_srcu_expedited(&image->epoch);
 	if (!qcow_is_external(image)) {
