@@ -246,7 +246,6 @@ vanishes() {
 	"$@" || fail "$name: $*"
 	wait $pid
 	is "$name: the load ends, and what it reads is right" "$?" 0 || diag "$(<diff.out)"
-	like "$name: and some of it has failed" "$(<diff.out)" ' failed'
 }
 
 # vanished NAME STATUS: the device goes all the same, and detach ends with STATUS.
@@ -286,6 +285,9 @@ base_vanishes() {
 	qemu-img create -q -f qcow2 -b "$2" -F raw image.qcow2 6M
 	attach image.qcow2 || return
 	vanishes "$name" "${@:3}"
+	# Behind what the load touches, which may all be in the overlay by then.
+	not_ok "$name: a read of what only it has fails" dd if="$DEV" of=/dev/null bs=64k \
+		count=1 skip=90 iflag=direct
 	ok "$name: a flush works" timeout 60 sync "$DEV"
 	ok "$name: and a write of a whole cluster" dd if=/dev/zero of="$DEV" bs=64k count=1 \
 		seek=95 oflag=direct status=none
@@ -306,6 +308,7 @@ if new_disk; then
 	name="a SCSI disk with the image is gone"
 	if attach "$DISK"; then
 		vanishes "$name" remove_disk
+		like "$name: and some of it has failed" "$(<diff.out)" ' failed'
 		not_ok "$name: a read of it all fails" dd if="$DEV" of=/dev/null bs=1M iflag=direct
 		is "$name: a flush fails" "$(timeout 60 sync "$DEV" 2>/dev/null; echo $?)" 1
 		vanished "$name" 1
