@@ -158,6 +158,24 @@ is "without qemu-img: exit code" $? 3
 like "without qemu-img: what to run is said" "$said" \
 	'there is no qemu-img.*qemu-img check -f qcow2 -r all locked.qcow2'
 is "all of which leaves it alone" "$(cksum <locked.qcow2)" "$before"
+# One that is killed leaves its locks to the qemu-img that still works.
+mkdir slow
+printf '#!/bin/sh\ntrap "" TERM\ntouch "%s/started"\nsleep 5\n' "$PWD" >slow/qemu-img
+chmod +x slow/qemu-img
+PATH=$PWD/slow:$PATH "$QCOWCTL" attach locked.qcow2 >/dev/null 2>&1 &
+pid=$!
+for ((tries = 0; tries < 300; tries++)); do
+	[[ ! -e started ]] || break
+	sleep 0.1
+done
+kill -KILL $pid
+wait $pid
+not_ok "a repair that goes on keeps others out" qemu-io -f qcow2 -c quit locked.qcow2
+for ((tries = 0; tries < 300; tries++)); do
+	! qemu-io -f qcow2 -r -c quit locked.qcow2 2>/dev/null || break
+	sleep 0.2
+done
+ok "until it ends" test $tries -lt 300
 put_bytes locked.qcow2 79 03
 before=$(cksum <locked.qcow2)
 refused "damage is not repaired unasked" 3 'marked corrupt' attach locked.qcow2

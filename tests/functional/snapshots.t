@@ -94,8 +94,13 @@ shows "larger than the disk" size.qcow2 large large.raw
 qemu-img create -q -f qcow2 -b third.raw -F raw top.qcow2 3M
 qemu-io -f qcow2 -c 'write -q -P 6 0 64k' top.qcow2
 qemu-img snapshot -c above top.qcow2
+qemu-img snapshot -c $'red\033[31m\302\233' top.qcow2
 qemu-io -f qcow2 -c 'write -q -z 0 3M' top.qcow2
 shows "above a backing file" top.qcow2 above
+attach --read-only top.qcow2
+is "control characters in a name are escaped" "$("$QCOWCTL" info "$DEV" | grep -o 'red.*')" \
+	'red\033[31m\302\233'
+detach
 
 # Beside each other
 attach --read-only size.qcow2

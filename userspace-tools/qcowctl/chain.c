@@ -125,11 +125,14 @@ static int open_failed(const struct chain *chain, const char *path, bool write,
 	return fail(code, "%s: %m; check the image's name", path);
 }
 
-/* Open a file of the chain and lock it. @what it is to chain->image, if not that. */
+/*
+ * Open a file of the chain and lock it. @what it is to chain->image, if not that. Not
+ * O_CLOEXEC: should we be killed, the locks stay until a qemu-img that repairs it is gone.
+ */
 static int open_file(struct chain *chain, const char *path, bool write,
 		     const char *what, int *fd)
 {
-	int flags = O_CLOEXEC | (write ? O_RDWR : O_RDONLY);
+	int flags = write ? O_RDWR : O_RDONLY;
 	struct chain_file *files = chain->files;
 	unsigned int i, count = chain->file_count;
 	struct stat st;
@@ -149,7 +152,7 @@ static int open_file(struct chain *chain, const char *path, bool write,
 		     path);
 		chain->read_only = true;
 		write = false;
-		*fd = open(path, O_CLOEXEC | O_RDONLY);
+		*fd = open(path, O_RDONLY);
 	}
 	if (*fd < 0)
 		return open_failed(chain, path, write, what);

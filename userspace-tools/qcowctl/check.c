@@ -67,13 +67,15 @@ char *qemu_name(const char *image, const char *data, int encryption)
 
 int run_program(char **argv, bool quiet)
 {
+	pid_t self = getpid(), pid;
 	int status, fd;
-	pid_t pid;
 
 	pid = fork();
 	if (!pid) {
-		/* What it does to files is for as long as we hold them. */
+		/* It goes with us; our locks go with it, see open_file(). */
 		prctl(PR_SET_PDEATHSIG, SIGTERM);
+		if (getppid() != self)
+			_exit(EXIT_SYSTEM);
 		fd = quiet ? open("/dev/null", O_WRONLY) : -1;
 		if (fd >= 0) {
 			dup2(fd, STDOUT_FILENO);

@@ -103,7 +103,8 @@ static int read_keyring(const char *name, struct secret *secret)
 
 static int prompt(const char *path, struct secret *secret)
 {
-	autofree char *text = xasprintf("Passphrase of %s: ", path);
+	autofree char *shown = printable(path);
+	autofree char *text = xasprintf("Passphrase of %s: ", shown);
 	char *answer = isatty(STDIN_FILENO) ? getpass(text) : NULL;
 
 	if (!answer)

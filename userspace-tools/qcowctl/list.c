@@ -314,7 +314,8 @@ static void print_lines(struct json_object *object, const char *indent)
 	size_t i;
 
 	json_object_object_foreach(object, key, value) {
-		autofree char *text = show(key, value, false);
+		autofree char *raw = show(key, value, false);
+		autofree char *text = printable(raw);
 		autofree char *bytes = show(key, value, true);
 
 		if (json_object_is_type(value, json_type_array) && strcmp(key, "flags")) {
@@ -322,7 +323,7 @@ static void print_lines(struct json_object *object, const char *indent)
 				printf("%s %zu:\n", key, i);
 				print_lines(json_object_array_get_idx(value, i), "  ");
 			}
-		} else if (strcmp(text, bytes)) {
+		} else if (strcmp(raw, bytes)) {
 			printf("%s%-13s %s (%s bytes)\n", indent, key, text, bytes);
 		} else {
 			printf("%s%-13s %s\n", indent, key, text);

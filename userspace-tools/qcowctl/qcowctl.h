@@ -226,6 +226,9 @@ char *xasprintf(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 void *xreallocarray(void *p, size_t n, size_t size);
 #define xstrdup(s)	xasprintf("%s", s)
 
+/* @s with its control characters escaped, as names of files may have them. */
+char *printable(const char *s);
+
 /* Append @item to the comma-separated list *@list, which may be NULL. */
 void list_append(char **list, const char *item);
 

@@ -20,20 +20,37 @@ void out_of_memory(void)
 int fail(enum qcowctl_exit code, const char *fmt, ...)
 {
 	autofree char *message = NULL;
-	const char *s;
+	autofree char *text = NULL;
 	va_list ap;
 
 	va_start(ap, fmt);
 	if (vasprintf(&message, fmt, ap) < 0)
 		out_of_memory();
 	va_end(ap);
-	/* File names may hold line breaks and terminal sequences: escape controls. */
-	fputs("qcowctl: ", stderr);
-	for (s = message; *s; s++)
-		fprintf(stderr, iscntrl((unsigned char)*s) ? "\\%03o" : "%c",
-			(unsigned char)*s);
-	fputc('\n', stderr);
+	text = printable(message);
+	fprintf(stderr, "qcowctl: %s\n", text);
 	return code;
+}
+
+char *printable(const char *s)
+{
+	char *text = xreallocarray(NULL, strlen(s) + 1, 4), *out = text;
+	unsigned char c, next;
+
+	for (; (c = *s); s++) {
+		next = s[1];
+		if (iscntrl(c)) {
+			out += sprintf(out, "\\%03o", c);
+		} else if (c == 0xc2 && next >= 0x80 && next < 0xa0) {
+			/* UTF-8 has more of them. */
+			out += sprintf(out, "\\%03o\\%03o", c, next);
+			s++;
+		} else {
+			*out++ = c;
+		}
+	}
+	*out = 0;
+	return text;
 }
 
 enum qcowctl_exit exit_of_errno(int err)
