@@ -116,6 +116,13 @@ damaged() {
 	attach --read-only "$PWD/bad.qcow2"
 	detach
 }
+cp good.qcow2 many.qcow2
+entry=$(od -An -v -tx1 -j $directory -N 32 good.qcow2 | tr -d ' \n')
+put_bytes many.qcow2 $directory "$(printf "$entry%.0s" {1..1025})"
+put_bytes many.qcow2 $((at + 8)) 00000401
+put_bytes many.qcow2 $((at + 16)) 0000000000008020
+not_ok "more than anybody has: refused" try_attach "$PWD/many.qcow2"
+like "more than anybody has: why" "$(<"$WORK/.err")" 'more than 1024 of its bitmaps are enabled'
 damaged "more of them than there should be" $((at + 8)) 00000001
 damaged "fewer of them than there should be" $((at + 8)) 00000003
 damaged "a directory where an L1 table is" $((at + 24)) 0000000000030000

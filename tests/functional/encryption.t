@@ -210,6 +210,31 @@ for mode in directsync writethrough unsafe; do
 	is "$mode: it is there" "$(by_qemu mode.qcow2 luks key 'read -q -P 0x66 0 1M')" ""
 done
 
+# What is emptied does not decrypt to zeroes: a power cut before the tables are durable
+# leaves what was there.
+# cut NAME OPTIONS ATTACH COMMAND...: CMD clears the first cluster.
+cut() {
+	qemu-img create -q --object secret,id=key,file=key -f qcow2 \
+		-o "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10$2" cut.qcow2 1M
+	attach --key-file key "$3" cut.qcow2
+	ok "$1: write" xfs_io -d -c 'pwrite -q -S 0x77 -b 64k 0 64k' -c fsync "$DEV"
+	cp cut.qcow2 crash.qcow2
+	ok "$1" "${@:4}" "$DEV"
+	if [[ -e cut.data ]]; then
+		cp cut.data crash.data
+	else
+		cp cut.qcow2 crash.qcow2
+	fi
+	detach
+	is "$1: it is cleared" "$(by_qemu cut.qcow2 luks key 'read -q -P 0 0 64k')" ""
+	[[ ! -e cut.data ]] || mv crash.data cut.data
+	is "$1: after a power cut it is not" \
+		"$(by_qemu crash.qcow2 luks key 'read -q -P 0x77 0 64k')" ""
+	rm cut.*
+}
+cut "zeroes in a data file" ,data_file=cut.data --discard=unmap blkdiscard -f -z -o 0 -l 64k
+cut "a discard that keeps clusters" '' --discard=keep blkdiscard -f -o 0 -l 64k
+
 # A file system
 cp luks.empty fs.qcow2
 attach --key-file key fs.qcow2

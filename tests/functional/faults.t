@@ -323,6 +323,21 @@ if new_disk; then
 else
 	skip "a SCSI disk is gone" "no scsi_debug"
 fi
+
+# No error is told of what was to be written to a disk that has no length any more.
+name="a disk that is gone, buffered"
+qemu-img create -q -f qcow2 lost.qcow2 6M
+truncate -s 2M lost.qcow2
+new_loop lost.qcow2
+attach --io=buffered "$LOOP"
+ok "$name: write" xfs_io -d -c 'pwrite -q -b 64k 0 64k' -c fsync "$DEV"
+ok "$name: write in place" xfs_io -d -c 'pwrite -q -b 64k 0 64k' "$DEV"
+truncate -s 0 lost.qcow2
+losetup -c "$LOOP"
+is "$name: a flush fails" "$(timeout 60 sync "$DEV" 2>/dev/null; echo $?)" 1
+vanished "$name" 1
+losetup -d "$LOOP"
+LOOPS=()
 modprobe -q dm_mod
 if [[ -e /dev/mapper/control ]]; then
 	new_loop base.raw --direct-io=on
@@ -331,6 +346,37 @@ if [[ -e /dev/mapper/control ]]; then
 	base_vanishes "a device" /dev/mapper/faulty-base fail_disk
 	udevadm settle
 	dmsetup remove faulty-base
+	losetup -d "$LOOP"
+	LOOPS=()
+
+	# The header is in the page cache, so it is the driver that waits.
+	name="a disk that hangs"
+	qemu-img create -q -f qcow2 hung.qcow2 6M
+	truncate -s 1M hung.qcow2
+	qemu-img create -q -f qcow2 other.qcow2 6M
+	new_loop hung.qcow2
+	dmsetup create hung --table "0 $(blockdev --getsz "$LOOP") linear $LOOP 0" && udevadm settle
+	exec {hung}</dev/mapper/hung
+	head -c 64k <&"$hung" >/dev/null
+	attach other.qcow2
+	dmsetup suspend --noflush --nolockfs hung
+	"$QCOWCTL" attach --read-only /dev/mapper/hung >hung.dev 2>hung.err &
+	pid=$!
+	for ((tries = 0; tries < 300; tries++)); do
+		[[ $(ps -o state= $pid) != D ]] || break
+		sleep 0.1
+	done
+	is "$name: an attach of it waits" "$(ps -o state= $pid)" D
+	vanished "$name, and another one" 0
+	dmsetup resume hung
+	wait $pid
+	is "$name: the attach goes on" $? 0 || diag "$(<hung.err)"
+	DEV=$(<hung.dev)
+	DEVICES+=("$DEV")
+	detach
+	exec {hung}<&-
+	udevadm settle
+	dmsetup remove hung
 	losetup -d "$LOOP"
 	LOOPS=()
 else
@@ -391,8 +437,9 @@ short_of_memory() {
 		--mirror-in initial.raw "$DEV" >diff.out 2>&1 &
 	pid=$!
 	sleep 0.5
+	# But for the one that opens files.
 	# shellcheck disable=SC2046 # numbers
-	mark 1 $(ls "/proc/$pid/task")
+	mark 1 $(find "/proc/$pid/task" -mindepth 1 -maxdepth 1 ! -name "$pid" -printf '%f\n')
 	wait $pid
 	is "$1, short of memory: the load ends, and what it reads is right" $? 0 ||
 		diag "$(tail -n 40 diff.out)"

@@ -191,10 +191,11 @@ static void try_bitmaps(struct qcow_image *image)
 	/* Memory for more is bounded elsewhere. */
 	if (image->size > 16 << 20 || image->header.bitmap_directory_size > 1 << 20)
 		return;
-	if (qcow_bitmaps_begin(image, &message)) {
+	if (qcow_bitmaps_load(image, &message)) {
 		PROMISE(message.text[0] && !image->bitmaps);
 		return;
 	}
+	qcow_bitmaps_mark(image);
 	if (image->bitmaps && image->size) {
 		qcow_bitmaps_set(image, 0, 512);
 		qcow_bitmaps_set(image, image->size / 2, image->size - image->size / 2);

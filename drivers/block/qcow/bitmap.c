@@ -40,8 +40,11 @@
 #define QCOW_BITMAP_MAX_GRANULARITY	31
 #define QCOW_BITMAP_MAX_NAME		1023
 
-/* So much memory may all of them take that are kept up. */
+/* So many may be kept up, and so much memory may they take. */
+#define QCOW_BITMAPS_MAX		1024
 #define QCOW_BITMAPS_MAX_BYTES		(512U << 20)
+/* What overlap.c may need to know of a cluster: two nodes of an XArray. */
+#define QCOW_BITMAP_CLAIM		1152U
 /* So much is read or written at once. */
 #define QCOW_BITMAP_STEP		SZ_64K
 
@@ -88,8 +91,9 @@ struct qcow_bitmap {
  * struct qcow_bitmaps - those of an image that are kept up
  * @directory: all of the directory
  * @size: its length in bytes
- * @bytes: of memory that tables and bits take
+ * @bytes: of memory that they take
  * @buf: QCOW_BITMAP_STEP, for I/O by who loads or stores them
+ * @marked: the file may say that they are in use
  * @nr: how many there are
  * @maps: they
  */
@@ -98,6 +102,7 @@ struct qcow_bitmaps {
 	u64 size;
 	u64 bytes;
 	void *buf;
+	bool marked;
 	u32 nr;
 	struct qcow_bitmap maps[];
 };
@@ -202,10 +207,22 @@ static bool qcow_bitmap_owns(struct qcow_image *image, int kind, u64 host_offset
 	return true;
 }
 
+/* May they take so much more memory? */
+static bool qcow_bitmap_charge(struct qcow_bitmaps *maps, u64 bytes)
+{
+	maps->bytes += bytes;
+	return maps->bytes <= QCOW_BITMAPS_MAX_BYTES;
+}
+
 /* Take clusters of the file for a bitmap, which must not be anything else. */
 static int qcow_bitmap_claim(struct qcow_image *image, u64 host_offset,
 			     u64 length)
 {
+	u64 clusters = (length + qcow_cluster_size(image) - 1) >>
+		       image->cluster_bits;
+
+	if (!qcow_bitmap_charge(image->bitmaps, clusters * QCOW_BITMAP_CLAIM))
+		return -ENOMEM;
 	if (!qcow_bitmap_owns(image, -1, host_offset, length))
 		return -EINVAL;
 	qcow_overlap_add(image, QCOW_METADATA_BITMAP, host_offset, length);
@@ -214,15 +231,14 @@ static int qcow_bitmap_claim(struct qcow_image *image, u64 host_offset,
 
 static void *qcow_bitmap_alloc(struct qcow_bitmaps *maps, u64 size)
 {
-	maps->bytes += size;
-	if (maps->bytes > QCOW_BITMAPS_MAX_BYTES)
+	if (!qcow_bitmap_charge(maps, size))
 		return NULL;
 	return kvzalloc(size, GFP_KERNEL_ACCOUNT | __GFP_RETRY_MAYFAIL |
 			      __GFP_NOWARN);
 }
 
 /* Read the table and the bits. */
-static int qcow_bitmap_load(struct qcow_image *image, struct qcow_bitmap *map)
+static int qcow_bitmap_read_map(struct qcow_image *image, struct qcow_bitmap *map)
 {
 	u64 length = (u64)map->table_size * sizeof(*map->table);
 	u32 cluster_size = qcow_cluster_size(image);
@@ -261,8 +277,8 @@ static int qcow_bitmap_load(struct qcow_image *image, struct qcow_bitmap *map)
 	return err;
 }
 
-/* Read the directory, and load those that are to be kept up. */
-static int qcow_bitmaps_load(struct qcow_image *image)
+/* Read the directory, and those that are to be kept up. */
+static int qcow_bitmaps_read(struct qcow_image *image)
 {
 	u64 offset = image->header.bitmap_directory_offset;
 	struct qcow_bitmaps *maps = image->bitmaps;
@@ -271,6 +287,7 @@ static int qcow_bitmaps_load(struct qcow_image *image)
 	struct qcow_bitmap *map;
 	u64 at, step;
 	int err;
+	u32 i;
 
 	/* It is going to be written where it is. */
 	if (!qcow_bitmap_owns(image, QCOW_METADATA_BITMAPS, offset, maps->size))
@@ -286,14 +303,19 @@ static int qcow_bitmaps_load(struct qcow_image *image)
 			return -EINVAL;
 		if (!qcow_bitmap_tracks(entry))
 			continue;
+		if (maps->nr == QCOW_BITMAPS_MAX)
+			return -E2BIG;
 		map = &maps->maps[maps->nr++];
 		map->entry = entry;
 		map->table_offset = be64_to_cpu(entry->table_offset);
 		map->table_size = be32_to_cpu(entry->table_size);
 		map->granularity_bits = entry->granularity_bits;
-		err = qcow_bitmap_load(image, map);
 	}
-	return err ?: count ? -EINVAL : 0;
+	if (!err && count)
+		return -EINVAL;
+	for (i = 0; !err && i < maps->nr; i++)
+		err = qcow_bitmap_read_map(image, &maps->maps[i]);
+	return err;
 }
 
 static void qcow_bitmaps_free(struct qcow_bitmaps *maps)
@@ -320,15 +342,13 @@ static int qcow_bitmap_sync(struct qcow_image *image)
 	return err;
 }
 
-/* Mark all that are kept up as in use, or not; durably. */
-static int qcow_bitmaps_mark(struct qcow_image *image, bool in_use)
+/* Write for all that are kept up whether they are in use; durably. */
+static int qcow_bitmaps_write_marks(struct qcow_image *image, bool in_use)
 {
 	struct qcow_bitmaps *maps = image->bitmaps;
 	u32 i, flags = QCOW_BITMAP_AUTO | (in_use ? QCOW_BITMAP_IN_USE : 0);
 	int err;
 
-	if (!maps->nr)
-		return 0;
 	for (i = 0; i < maps->nr; i++)
 		maps->maps[i].entry->flags = cpu_to_be32(flags);
 	err = qcow_bitmap_write(image, image->header.bitmap_directory_offset,
@@ -337,18 +357,19 @@ static int qcow_bitmaps_mark(struct qcow_image *image, bool in_use)
 }
 
 /**
- * qcow_bitmaps_begin - keep the image's bitmaps up from now on
- * @image: a writable qcow2 image that has not been written yet
+ * qcow_bitmaps_load - read the bitmaps that are to be kept up
+ * @image: a qcow2 image that has not been written yet; nothing is done if it is not
+ *	going to be
  * @msg: where to say what is wrong
  *
  * Implements "Bitmaps extension" of the specification.
  *
  * Context: may sleep.
  *
- * Return: 0; -EINVAL if they are damaged, or -ENOMEM if they take too much memory,
- * and then nothing was written; -EINTR; or the errno of a read or write.
+ * Return: 0; -EINVAL if they are damaged; -ENOMEM or -E2BIG if there is too much of
+ * them; -EINTR; or the errno of a read.
  */
-int qcow_bitmaps_begin(struct qcow_image *image, struct qcow_message *msg)
+int qcow_bitmaps_load(struct qcow_image *image, struct qcow_message *msg)
 {
 	u64 size = image->header.bitmap_directory_size;
 	struct qcow_bitmaps *maps;
@@ -365,24 +386,42 @@ int qcow_bitmaps_begin(struct qcow_image *image, struct qcow_message *msg)
 	maps->buf = kmalloc(QCOW_BITMAP_STEP, GFP_KERNEL);
 	maps->directory = kvmalloc(size, GFP_KERNEL_ACCOUNT);
 	if (maps->buf && maps->directory)
-		err = qcow_bitmaps_load(image);
+		err = qcow_bitmaps_read(image);
 	if (err == -EINVAL)
 		qcow_message_set(msg, "its bitmaps are damaged; attach it read-only, which does without them");
 	else if (err == -ENOMEM)
 		qcow_message_set(msg, "its bitmaps take more memory than there is for them (%llu MiB of %u); attach it read-only, or disable some",
 				 maps->bytes >> 20, QCOW_BITMAPS_MAX_BYTES >> 20);
+	else if (err == -E2BIG)
+		qcow_message_set(msg, "more than %u of its bitmaps are enabled; attach it read-only, or disable some",
+				 QCOW_BITMAPS_MAX);
 	else if (err)
 		qcow_message_set(msg, "cannot read its bitmaps: error %d", -err);
 	if (err) {
 		image->bitmaps = NULL;
 		qcow_bitmaps_free(maps);
-		return err;
 	}
-	return qcow_bitmaps_mark(image, true);
+	return err;
 }
 
 /**
- * qcow_bitmaps_exit - undo qcow_bitmaps_begin(), even if that failed
+ * qcow_bitmaps_mark - the file's copy of the bits is about to be out of date
+ * @image: perhaps with bitmaps
+ *
+ * Context: may sleep.
+ *
+ * Return: 0, or the errno of a write or barrier.
+ */
+int qcow_bitmaps_mark(struct qcow_image *image)
+{
+	if (!image->bitmaps || !image->bitmaps->nr)
+		return 0;
+	image->bitmaps->marked = true;
+	return qcow_bitmaps_write_marks(image, true);
+}
+
+/**
+ * qcow_bitmaps_exit - undo qcow_bitmaps_load(), even if that failed
  * @image: nobody uses it any more
  */
 void qcow_bitmaps_exit(struct qcow_image *image)
@@ -398,19 +437,22 @@ void qcow_bitmaps_exit(struct qcow_image *image)
  */
 static void qcow_bitmap_set(u8 *bits, u64 first, u64 last)
 {
-	u64 bit;
+	u64 bytes, bit = first;
 
-	for (bit = first; bit <= last; bit++) {
+	while (bit <= last) {
 		u8 *byte = bits + (bit >> 3);
 
 		if (!(bit & 7) && last - bit >= 7) {
-			if (READ_ONCE(*byte) != 0xff)
-				WRITE_ONCE(*byte, 0xff);
-			bit += 7;
-		} else if (!(READ_ONCE(*byte) & BIT(bit & 7))) {
+			bytes = (last + 1 - bit) >> 3;
+			if (memchr_inv(byte, 0xff, bytes))
+				memset(byte, 0xff, bytes);
+			bit += 8 * bytes;
+			continue;
+		}
+		if (!(READ_ONCE(*byte) & BIT(bit & 7)))
 			set_bit_le(bit % BITS_PER_LONG, (unsigned long *)bits +
 				   bit / BITS_PER_LONG);
-		}
+		bit++;
 	}
 }
 
@@ -515,35 +557,52 @@ static int qcow_bitmap_barrier(struct qcow_image *image)
 	       qcow_image_error(image);
 }
 
-static int qcow_bitmap_store(struct qcow_image *image,
-			     const struct qcow_bitmap *map)
+/* Write the bits of one. */
+static int qcow_bitmap_store_map(struct qcow_image *image,
+				 const struct qcow_bitmap *map)
 {
-	u64 length = (u64)map->table_size * sizeof(*map->table);
 	int err = 0;
 	u32 i;
 
 	qcow_bitmap_trim(image, map);
-	memcpy(map->new_table, map->table, length);
+	memcpy(map->new_table, map->table, map->table_size * sizeof(*map->table));
 	for (i = 0; i < map->table_size && !err; i++) {
 		err = qcow_bitmap_store_bits(image, map->bits +
 					     ((u64)i << image->cluster_bits),
 					     &map->new_table[i]);
 		cond_resched();
 	}
-	err = err ?: qcow_bitmap_barrier(image) ?:
-	      qcow_overlap_expect(image, QCOW_METADATA_BITMAP,
-				  map->table_offset);
+	return err ?: qcow_overlap_expect(image, QCOW_METADATA_BITMAP,
+					  map->table_offset);
+}
+
+/* Steps 1 and 2, for all of them together. */
+static int qcow_bitmaps_store_maps(struct qcow_image *image)
+{
+	struct qcow_bitmaps *maps = image->bitmaps;
+	const struct qcow_bitmap *map, *end = maps->maps + maps->nr;
+	int err = 0;
+
+	for (map = maps->maps; map < end && !err; map++)
+		err = qcow_bitmap_store_map(image, map);
+	err = err ?: qcow_bitmap_barrier(image);
 	if (err) {
-		qcow_bitmap_free_others(image, map, map->new_table, map->table);
+		/* A new table that there is not yet has nothing. */
+		for (map = maps->maps; map < end; map++)
+			qcow_bitmap_free_others(image, map, map->new_table,
+						map->table);
 		return err;
 	}
 	/* From here on either table may be the one in the file. */
-	err = qcow_bitmap_write(image, map->table_offset, map->new_table,
-				length) ?:
-	      qcow_bitmap_sync(image);
+	for (map = maps->maps; map < end && !err; map++)
+		err = qcow_bitmap_write(image, map->table_offset,
+					map->new_table,
+					map->table_size * sizeof(*map->table));
+	err = err ?: qcow_bitmap_sync(image);
 	if (err)
 		return err;
-	qcow_bitmap_free_others(image, map, map->table, map->new_table);
+	for (map = maps->maps; map < end; map++)
+		qcow_bitmap_free_others(image, map, map->table, map->new_table);
 	return qcow_bitmap_barrier(image);
 }
 
@@ -557,15 +616,12 @@ static int qcow_bitmap_store(struct qcow_image *image,
  */
 int qcow_bitmaps_store(struct qcow_image *image)
 {
-	struct qcow_bitmaps *maps = image->bitmaps;
-	int err = 0;
-	u32 i;
+	int err;
 
-	if (!maps)
+	if (!image->bitmaps || !image->bitmaps->marked)
 		return 0;
-	for (i = 0; i < maps->nr && !err; i++)
-		err = qcow_bitmap_store(image, &maps->maps[i]);
-	err = err ?: qcow_bitmaps_mark(image, false);
+	err = qcow_bitmaps_store_maps(image) ?:
+	      qcow_bitmaps_write_marks(image, false);
 	if (err)
 		pr_err("qcow: %pD: the bitmaps could not be stored: error %d; incremental backups have to begin anew\n",
 		       image->file.file, err);

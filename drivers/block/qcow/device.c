@@ -34,7 +34,6 @@
 #include "device.h"
 
 #define QCOW_QUEUE_DEPTH	128
-#define QCOW_MAX_HW_QUEUES	16U
 #define QCOW_MAX_SECTORS	8192
 
 /* Held while a chain is opened; then another attach may share what is in it. */
@@ -43,6 +42,8 @@ static DEFINE_MUTEX(qcow_chains_mutex);
 static DEFINE_MUTEX(qcow_devices_mutex);
 static DEFINE_IDR(qcow_devices);
 static struct workqueue_struct *qcow_detach_wq;
+/* Disks that were added, and are not freed yet */
+static atomic_t qcow_disks;
 
 /* ---- counters ------------------------------------------------------------ */
 
@@ -368,9 +369,15 @@ static void qcow_device_free(struct qcow_device *dev)
 	kfree(dev);
 }
 
+/*
+ * Who drops the last reference of a disk may do so when it does not hold the module
+ * any more: qcow_devices_exit() waits for it.
+ */
 static void qcow_disk_free(struct gendisk *disk)
 {
 	qcow_device_free(disk->private_data);
+	if (atomic_dec_and_test(&qcow_disks))
+		wake_up_var(&qcow_disks);
 }
 
 static const struct block_device_operations qcow_disk_ops = {
@@ -598,8 +605,7 @@ static int qcow_device_alloc_disk(struct qcow_device *dev)
 	int err;
 
 	dev->tag_set.ops = &qcow_mq_ops;
-	/* Reads have queues of their own: see the gate in request.c. */
-	dev->tag_set.nr_maps = HCTX_TYPE_READ + 1;
+	dev->tag_set.nr_maps = QCOW_QUEUE_MAPS;
 	dev->tag_set.nr_hw_queues = dev->tag_set.nr_maps *
 		min(num_online_cpus(), QCOW_MAX_HW_QUEUES);
 	dev->tag_set.queue_depth = QCOW_QUEUE_DEPTH;
@@ -632,6 +638,23 @@ static int qcow_device_alloc_disk(struct qcow_device *dev)
 }
 
 static void qcow_detach_work_fn(struct work_struct *work);
+
+/*
+ * Where a software queue feeds several hardware queues, here one for reads and one for
+ * the rest, the kernel adds its sysfs object to each of them in turn, and forgets about
+ * the reference to the one before (blk_mq_register_hctx(), up to 7.3 at least), which
+ * would never be freed. Those of a disk that has left sysfs have one reference each,
+ * that of the request queue; what there is beyond that nobody knows of.
+ */
+static void qcow_device_put_queues(struct qcow_device *dev)
+{
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(dev->queues); i++)
+		while (dev->queues[i] &&
+		       kref_read(&dev->queues[i]->kobj.kref) > 1)
+			kobject_put(&dev->queues[i]->kobj);
+}
 
 /**
  * qcow_device_attach - make a device
@@ -707,8 +730,8 @@ int qcow_device_attach(const struct qcow_attach *args,
 		goto err_files;
 	err = qcow_pack_init(dev->chain->layers[0], args->compress, msg) ?:
 	      qcow_requests_init(dev) ?:
-	      qcow_bitmaps_begin(dev->chain->layers[0], msg) ?:
-	      qcow_image_clear_autoclear(dev->chain->layers[0]);
+	      qcow_bitmaps_load(dev->chain->layers[0], msg) ?:
+	      qcow_image_begin(dev->chain->layers[0], msg);
 	if (err)
 		goto err_requests;
 	err = qcow_device_alloc_disk(dev);
@@ -718,6 +741,7 @@ int qcow_device_attach(const struct qcow_attach *args,
 	disk = dev->disk;
 	/* The caller has the control node open, so the module is here. */
 	__module_get(THIS_MODULE);
+	atomic_inc(&qcow_disks);
 	/* Who learns of the disk as it is added can ask for its status. */
 	qcow_index_publish(dev->index, dev);
 	err = device_add_disk(NULL, dev->disk, qcow_attr_groups);
@@ -726,11 +750,8 @@ int qcow_device_attach(const struct qcow_attach *args,
 	*index = dev->index;
 	/* What is only read may be shared by several devices. */
 	image = dev->chain->layers[0];
-	if (image->writable) {
-		image->on_corrupt_data = dev;
-		/* Who sees the function sees the data. */
-		smp_store_release(&image->on_corrupt, qcow_device_on_corrupt);
-	}
+	if (image->writable)
+		qcow_image_watch(image, qcow_device_on_corrupt, dev);
 	/* From here on it may be detached; but not before open_mutex is free. */
 	get_device(disk_to_dev(disk));
 	mutex_lock(&disk->open_mutex);
@@ -745,9 +766,11 @@ int qcow_device_attach(const struct qcow_attach *args,
 
 err_disk:
 	qcow_index_publish(dev->index, NULL);
-	module_put(THIS_MODULE);
+	qcow_device_put_queues(dev);
 	/* A disk that was never added does not free what is behind it. */
 	put_disk(dev->disk);
+	atomic_dec(&qcow_disks);
+	module_put(THIS_MODULE);
 	blk_mq_free_tag_set(&dev->tag_set);
 err_requests:
 	qcow_requests_exit(dev);
@@ -776,7 +799,9 @@ static int qcow_device_remove(struct qcow_device *dev)
 	/* No STATUS begins from here on, and none is under way. */
 	qcow_index_publish(index, NULL);
 
+	qcow_image_unwatch(dev->chain->layers[0]);
 	del_gendisk(dev->disk);
+	qcow_device_put_queues(dev);
 	/* Workers may still have a few steps to do behind their last request. */
 	qcow_requests_exit(dev);
 	blk_mq_free_tag_set(&dev->tag_set);
@@ -1028,11 +1053,14 @@ int qcow_devices_init(void)
  * qcow_devices_exit - undo qcow_devices_init()
  *
  * Each device holds the module, so there is none any more; but the work that
- * detached the last one may not have returned yet.
+ * detached the last one may not have returned yet, and others may still be about to
+ * drop a disk, or on their way out of qcow_disk_free().
  */
 void qcow_devices_exit(void)
 {
 	qcow_freezes_exit();
 	destroy_workqueue(qcow_detach_wq);
+	wait_var_event(&qcow_disks, !atomic_read(&qcow_disks));
+	synchronize_rcu_tasks();
 	idr_destroy(&qcow_devices);
 }

@@ -17,6 +17,10 @@
 /* Most segments of a request; request.c has room for them. */
 #define QCOW_MAX_SEGMENTS	128
 
+#define QCOW_MAX_HW_QUEUES	16U
+/* Reads have queues of their own: see the gate in request.c. */
+#define QCOW_QUEUE_MAPS		2U
+
 /**
  * struct qcow_device_stats - requests, counted on each CPU
  * @reads: reads
@@ -42,6 +46,7 @@ struct qcow_device_stats {
  * @index: N
  * @disk: lives as long as this struct
  * @tag_set: of the queue
+ * @queues: hardware queues, see qcow_device_put_queues()
  * @flush_key: the lock class of its flush machinery
  * @wq: request workers
  * @retry_wq: for I/O that @wq may be waiting for
@@ -84,6 +89,7 @@ struct qcow_device {
 	int index;
 	struct gendisk *disk;
 	struct blk_mq_tag_set tag_set;
+	struct blk_mq_hw_ctx *queues[QCOW_QUEUE_MAPS * QCOW_MAX_HW_QUEUES];
 	struct lock_class_key flush_key;
 	struct workqueue_struct *wq;
 	struct workqueue_struct *retry_wq;

@@ -143,13 +143,19 @@ static struct qcow_l2_entry qcow_clear_entry(struct qcow_chain *chain,
 	return qcow_zero_entry(image, 0);
 }
 
-/* Empty the host clusters of entries that keep them. Their range is locked. */
+/*
+ * Empty the host clusters of entries that keep them. Their range is locked. But what is
+ * empty does not decrypt to zeroes, and until the entries are durable, a power cut
+ * leaves those that say it is data.
+ */
 static int qcow_punch_entries(struct qcow_image *image,
 			      struct qcow_block *block, unsigned int index,
 			      unsigned int count)
 {
 	unsigned int i;
 
+	if (image->crypt)
+		return 0;
 	for (i = index; i < index + count; i++) {
 		u64 descriptor = qcow_l2_load(image, block, i).descriptor;
 		u64 host_offset = descriptor & QCOW_L2_OFFSET_MASK;
@@ -249,7 +255,7 @@ static int qcow_clear_block(struct qcow_chain *chain, u64 first, u64 last,
 	if (!qcow_is_external(image)) {
 		if (mode == QCOW_CLEAR_PUNCH)
 			err = qcow_punch_entries(image, block, index, count);
-	} else if (mode != QCOW_CLEAR_ZERO && changes) {
+	} else if (mode != QCOW_CLEAR_ZERO && changes && !image->crypt) {
 		qcow_file_punch(&image->data, guest_offset,
 				(u64)count << image->cluster_bits);
 	}

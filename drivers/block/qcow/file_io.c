@@ -149,6 +149,7 @@ int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 		qcow_message_set(msg, "cannot open it for reading once more");
 		return PTR_ERR(file);
 	}
+	mutex_init(&f->sync_mutex);
 	f->bdev = S_ISBLK(inode->i_mode);
 	f->writable = writable;
 	f->file = file;
@@ -339,6 +340,56 @@ void qcow_io_submit(struct qcow_io *io, struct qcow_file *f, loff_t pos,
 }
 
 /**
+ * struct qcow_wait - a direct read or write that is waited for
+ * @iocb: the kernel's handle
+ * @done: it is over
+ * @ret: as of ki_complete()
+ */
+struct qcow_wait {
+	struct kiocb iocb;
+	struct completion done;
+	ssize_t ret;
+};
+
+static void qcow_wait_complete(struct kiocb *iocb, long ret)
+{
+	struct qcow_wait *wait = container_of(iocb, struct qcow_wait, iocb);
+
+	wait->ret = ret;
+	complete(&wait->done);
+}
+
+/*
+ * Whoever is being killed waits, too: with a synchronous iocb some network file
+ * systems would return while they still use the memory.
+ */
+static ssize_t qcow_file_rw_once(struct qcow_file *f, struct iov_iter *iter,
+				 loff_t pos, int iocb_flags)
+{
+	struct iov_iter before = *iter;
+	struct qcow_wait wait;
+	ssize_t ret;
+
+	init_completion(&wait.done);
+	qcow_iocb_init(&wait.iocb, f, pos, iocb_flags,
+		       iov_iter_rw(iter) == ITER_SOURCE);
+	if (f->direct)
+		wait.iocb.ki_complete = qcow_wait_complete;
+	qcow_iocb_start(&wait.iocb);
+	ret = qcow_iocb_issue(f, &wait.iocb, iter);
+	if (ret == -EIOCBQUEUED) {
+		wait_for_completion(&wait.done);
+		ret = wait.ret;
+		/* It may have been left anywhere. */
+		*iter = before;
+		if (ret > 0)
+			iov_iter_advance(iter, ret);
+	}
+	qcow_iocb_end(&wait.iocb);
+	return ret;
+}
+
+/**
  * qcow_file_rw - read or write all of an iterator, and wait for it
  * @f: the file
  * @iter: what to transfer; used up on success
@@ -353,7 +404,6 @@ int qcow_file_rw(struct qcow_file *f, struct iov_iter *iter, loff_t pos,
 		 int iocb_flags)
 {
 	bool write = iov_iter_rw(iter) == ITER_SOURCE;
-	struct kiocb iocb;
 	ssize_t ret;
 	u64 size;
 
@@ -368,10 +418,7 @@ int qcow_file_rw(struct qcow_file *f, struct iov_iter *iter, loff_t pos,
 		}
 		if (write && f->bdev && pos >= size)
 			return -ENOSPC;
-		qcow_iocb_init(&iocb, f, pos, iocb_flags, write);
-		qcow_iocb_start(&iocb);
-		ret = qcow_iocb_issue(f, &iocb, iter);
-		qcow_iocb_end(&iocb);
+		ret = qcow_file_rw_once(f, iter, pos, iocb_flags);
 		/* A process that is being killed would get the same again. */
 		if ((ret == -EINTR || ret == -ERESTARTSYS) &&
 		    !fatal_signal_pending(current))
@@ -511,12 +558,26 @@ int qcow_file_write_zeroes(struct qcow_file *f, u64 len, loff_t pos)
  * The data and what is needed to find it (size, extents), not the times.
  *
  * Return: 0 or an errno, after which nothing since the last barrier that worked
- * is known to be durable, whatever later barriers say.
+ * is known to be durable, and no barrier works any more: the kernel tells of what it
+ * could not write once, even if several ask at the same time.
  */
 int qcow_file_sync(struct qcow_file *f)
 {
-	return qcow_fault(QCOW_FAULT_SYNC) ?:
-	       f->no_sync ? 0 : vfs_fsync(f->file, 1);
+	int err;
+
+	mutex_lock(&f->sync_mutex);
+	if (f->sync_failed)
+		err = -EIO;
+	else
+		err = qcow_fault(QCOW_FAULT_SYNC) ?:
+		      f->no_sync ? 0 : vfs_fsync(f->file, 1);
+	/* What was to be written to a disk that is gone is dropped, without a word. */
+	if (!err && !f->no_sync && qcow_file_gone(f))
+		err = -EIO;
+	if (err)
+		f->sync_failed = true;
+	mutex_unlock(&f->sync_mutex);
+	return err;
 }
 
 /**

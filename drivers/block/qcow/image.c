@@ -177,6 +177,32 @@ static void qcow_corrupt_work_fn(struct work_struct *work)
 }
 
 /**
+ * qcow_image_watch - have a function called when damage is found
+ * @image: a writable image
+ * @on_corrupt: the function; it may sleep
+ * @data: what it is called with
+ */
+void qcow_image_watch(struct qcow_image *image, void (*on_corrupt)(void *data),
+		      void *data)
+{
+	image->on_corrupt_data = data;
+	/* Who sees the function sees the data. */
+	smp_store_release(&image->on_corrupt, on_corrupt);
+}
+
+/**
+ * qcow_image_unwatch - it is not called any more, nor still running
+ * @image: an image
+ *
+ * Context: may sleep.
+ */
+void qcow_image_unwatch(struct qcow_image *image)
+{
+	WRITE_ONCE(image->on_corrupt, NULL);
+	flush_work(&image->corrupt_work);
+}
+
+/**
  * qcow_image_stale_counts - counts are about to change, may the file's be late
  * @image: a writable image
  *
@@ -453,15 +479,7 @@ static int qcow_open_data_file(struct qcow_image *image,
 	if (err)
 		return err;
 	image->data_raw = header->autoclear & QCOW_AUTOCLEAR_RAW_DATA_FILE;
-	if (!image->writable || qcow_file_size(&image->data) >= image->size)
-		return 0;
-	/* So that no write of the guest makes it longer. */
-	err = image->data.bdev ? -ENOSPC :
-				 qcow_file_truncate(&image->data, image->size);
-	if (err)
-		qcow_message_set(msg, "the data file %pD is shorter than the disk, and cannot be made longer",
-				 source->data);
-	return err;
+	return 0;
 }
 
 /**
@@ -470,6 +488,8 @@ static int qcow_open_data_file(struct qcow_image *image,
  * @cache: where its tables are charged, unless it is shared
  * @imagep: out
  * @msg: where to say what is wrong
+ *
+ * Context: may sleep, for as long as the storage makes it; one caller at a time.
  *
  * Return: 0; -EBUSY if it is written, or to be written, and in use already; or
  * an errno that says why the image is refused.
@@ -483,21 +503,17 @@ int qcow_image_open(const struct qcow_image_source *source,
 
 	mutex_lock(&qcow_images_mutex);
 	image = qcow_image_find(source, msg);
-	if (IS_ERR(image)) {
-		err = PTR_ERR(image);
-		goto out_unlock;
-	}
-	if (image) {
+	if (!IS_ERR_OR_NULL(image))
 		kref_get(&image->kref);
+	mutex_unlock(&qcow_images_mutex);
+	if (image) {
 		*imagep = image;
-		goto out_unlock;
+		return PTR_ERR_OR_ZERO(image);
 	}
 
 	image = qcow_image_alloc(source->format, source->writable, cache);
-	if (!image) {
-		err = -ENOMEM;
-		goto out_unlock;
-	}
+	if (!image)
+		return -ENOMEM;
 	image->alone = source->alone;
 	err = qcow_file_init(&image->file, source->file, source->writable,
 			     source->io_mode, msg);
@@ -520,39 +536,70 @@ int qcow_image_open(const struct qcow_image_source *source,
 		image->file.dsync = false;
 		image->data.dsync = false;
 	}
+	mutex_lock(&qcow_images_mutex);
 	list_add(&image->registry, &qcow_images);
+	mutex_unlock(&qcow_images_mutex);
 	*imagep = image;
-	goto out_unlock;
+	return 0;
 
 out_free:
 	qcow_image_free(image);
-out_unlock:
-	mutex_unlock(&qcow_images_mutex);
 	return err;
 }
 
-/**
- * qcow_image_clear_autoclear - say that the image is about to be written
- * @image: just opened
- *
- * What those autoclear bits stand for that the driver does not maintain is not so
- * any more after the first write: they are cleared, durably. This is apart from
- * the opening so that an attach that is refused leaves the image as it was.
- *
- * Return: 0, or the errno of the write.
+/* Have the data file as long as the disk, so that no write of the guest makes it longer. */
+static int qcow_image_extend_data(struct qcow_image *image,
+				  struct qcow_message *msg)
+{
+	int err;
+
+	if (!qcow_is_external(image) ||
+	    qcow_file_size(&image->data) >= image->size)
+		return 0;
+	err = image->data.bdev ? -ENOSPC :
+				 qcow_file_truncate(&image->data, image->size);
+	if (err)
+		qcow_message_set(msg, "the data file %pD is shorter than the disk, and cannot be made longer",
+				 image->data.file);
+	return err;
+}
+
+/*
+ * What those autoclear bits stand for that the driver does not maintain is not so any
+ * more after the first write: they are cleared, durably.
  */
-int qcow_image_clear_autoclear(struct qcow_image *image)
+static int qcow_image_clear_autoclear(struct qcow_image *image)
 {
 	u64 maintained = (image->data_raw ? QCOW_AUTOCLEAR_RAW_DATA_FILE : 0) |
 			 (image->bitmaps ? QCOW_AUTOCLEAR_BITMAPS : 0);
 	__be64 autoclear = cpu_to_be64(image->header.autoclear & maintained);
 
-	if (!image->writable || !(image->header.autoclear & ~maintained))
+	if (!(image->header.autoclear & ~maintained))
 		return 0;
 	return qcow_image_update_header(image,
 					offsetof(struct qcow_disk_header,
 						 autoclear_features),
 					&autoclear, sizeof(autoclear));
+}
+
+/**
+ * qcow_image_begin - the image is about to be written, if it is writable
+ * @image: just opened, its bitmaps are loaded
+ * @msg: where to say what is wrong
+ *
+ * This is apart from the opening so that an attach that is refused leaves the files
+ * as they were.
+ *
+ * Context: may sleep.
+ *
+ * Return: 0, or the errno of a write.
+ */
+int qcow_image_begin(struct qcow_image *image, struct qcow_message *msg)
+{
+	if (!image->writable)
+		return 0;
+	return qcow_image_extend_data(image, msg) ?:
+	       qcow_image_clear_autoclear(image) ?: qcow_bitmaps_mark(image);
 }
 
 /* All counts are durable. In a damaged image they may be wrong. */
@@ -621,7 +668,9 @@ static void qcow_finish_work_fn(struct work_struct *work)
 
 /*
  * In a worker: the caller may be about to be killed, or may have a limit on the
- * size of files, and neither is a reason to lose what was not flushed.
+ * size of files, and neither is a reason to lose what was not flushed. One that is a
+ * worker already does it itself: if its queue is being frozen, it is waited for, and
+ * must not wait for what does not run any more.
  */
 static int qcow_image_finish(struct qcow_image *image,
 			     struct workqueue_struct *wq,
@@ -629,6 +678,10 @@ static int qcow_image_finish(struct qcow_image *image,
 {
 	struct qcow_finish finish = { .image = image, .fn = fn };
 
+	if (current_work()) {
+		qcow_finish_work_fn(&finish.work);
+		return finish.err;
+	}
 	INIT_WORK_ONSTACK(&finish.work, qcow_finish_work_fn);
 	queue_work(wq, &finish.work);
 	flush_work(&finish.work);
@@ -666,6 +719,7 @@ int qcow_image_close(struct qcow_image *image)
 {
 	struct qcow_free *free, *next;
 	int err = 0;
+	bool last;
 
 	/*
 	 * Only its one device knows a writable image, so nobody finds it here.
@@ -676,13 +730,15 @@ int qcow_image_close(struct qcow_image *image)
 					qcow_image_write_all);
 
 	mutex_lock(&qcow_images_mutex);
-	if (refcount_dec_and_test(&image->kref.refcount)) {
+	last = refcount_dec_and_test(&image->kref.refcount);
+	if (last)
 		list_del(&image->registry);
+	mutex_unlock(&qcow_images_mutex);
+	if (last) {
 		list_splice_init(&image->reclaims, &image->frees);
 		list_for_each_entry_safe(free, next, &image->frees, node)
 			qcow_free_discard(image, free);
 		qcow_image_free(image);
 	}
-	mutex_unlock(&qcow_images_mutex);
 	return err;
 }

@@ -170,12 +170,18 @@ static int qcow_ctl_attach(void __user *arg)
 	struct qcow_layer *layers;
 	char *snapshot = NULL;
 	struct qcow_attach args;
+	__s32 __user *told = NULL;
 	u32 user_size;
 	int err, index;
 
 	err = qcow_copy_in(&args, sizeof(args), arg, &user_size);
 	if (err)
 		return err;
+	/* A caller that cannot be told the number has no use for a device. */
+	if (user_size >= offsetofend(struct qcow_attach, index))
+		told = &((struct qcow_attach __user *)arg)->index;
+	if (told && put_user(args.index, told))
+		return -EFAULT;
 	/* Whether there is room for a message is known before there is one. */
 	err = qcow_message_copy_out(&args, &msg);
 	if (err)
@@ -213,13 +219,7 @@ static int qcow_ctl_attach(void __user *arg)
 	if (err)
 		return err;
 
-	/* A caller that cannot be told the number has no use for the device. */
-	if (user_size >= offsetofend(struct qcow_attach, index) &&
-	    put_user(index, &((struct qcow_attach __user *)arg)->index)) {
-		qcow_device_detach(index, true);
-		return -EFAULT;
-	}
-	return 0;
+	return told ? put_user(index, told) : 0;
 }
 
 static int qcow_ctl_detach(void __user *arg)

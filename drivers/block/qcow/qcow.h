@@ -97,6 +97,8 @@ static inline void qcow_io_scope_exit(unsigned int old)
  * @no_sync: nobody wants it to be durable
  * @bdev: a block device, whose length is fixed
  * @no_punch: it cannot punch holes, as was seen
+ * @sync_failed: a barrier has failed
+ * @sync_mutex: one barrier at a time
  */
 struct qcow_file {
 	struct file *file;
@@ -107,6 +109,8 @@ struct qcow_file {
 	bool writable;
 	bool bdev;
 	bool no_punch;
+	bool sync_failed;
+	struct mutex sync_mutex;	/* one barrier at a time */
 };
 
 struct qcow_image;
@@ -633,8 +637,11 @@ struct qcow_image_source {
 int qcow_image_open(const struct qcow_image_source *source,
 		    struct qcow_cache *cache, struct qcow_image **imagep,
 		    struct qcow_message *msg);
-int qcow_image_clear_autoclear(struct qcow_image *image);
+int qcow_image_begin(struct qcow_image *image, struct qcow_message *msg);
 int qcow_image_settle(struct qcow_image *image);
+void qcow_image_watch(struct qcow_image *image, void (*on_corrupt)(void *data),
+		      void *data);
+void qcow_image_unwatch(struct qcow_image *image);
 int qcow_image_close(struct qcow_image *image);
 __printf(2, 3)
 void qcow_image_corrupt(struct qcow_image *image, const char *fmt, ...);
@@ -934,7 +941,8 @@ void qcow_resolved_keep(struct qcow_chain *chain, u64 guest_offset,
 
 /* ---- bitmap.c: persistent dirty bitmaps ---------------------------------- */
 
-int qcow_bitmaps_begin(struct qcow_image *image, struct qcow_message *msg);
+int qcow_bitmaps_load(struct qcow_image *image, struct qcow_message *msg);
+int qcow_bitmaps_mark(struct qcow_image *image);
 void qcow_bitmaps_exit(struct qcow_image *image);
 void qcow_bitmaps_set(struct qcow_image *image, u64 guest_offset, u64 length);
 int qcow_bitmaps_store(struct qcow_image *image);

@@ -223,6 +223,8 @@ static void qcow_request_put(struct qcow_request *req)
 		return;
 	if (req->commit && !READ_ONCE(req->error)) {
 		req->committing = true;
+		/* Others may be waiting for the memory, and nobody else for a worker. */
+		qcow_request_unmap(req);
 		queue_work(req->dev->wq, &req->work);
 		return;
 	}
@@ -1053,6 +1055,7 @@ static int qcow_init_hctx(struct blk_mq_hw_ctx *hctx, void *data,
 {
 	struct qcow_device *dev = data;
 
+	dev->queues[index] = hctx;
 	blk_mq_hctx_set_fq_lock_class(hctx, &dev->flush_key);
 	return 0;
 }

@@ -153,7 +153,8 @@ int qcow_snapshot_next(struct qcow_image *image, struct qcow_snapshot *snapshot,
 		       struct qcow_message *msg);
 int qcow_snapshot_select(struct qcow_image *image, const char *wanted,
 			 struct qcow_message *msg);
-int qcow_bitmaps_begin(struct qcow_image *image, struct qcow_message *msg);
+int qcow_bitmaps_load(struct qcow_image *image, struct qcow_message *msg);
+int qcow_bitmaps_mark(struct qcow_image *image);
 void qcow_bitmaps_set(struct qcow_image *image, u64 guest_offset, u64 length);
 int qcow_bitmaps_store(struct qcow_image *image);
 void qcow_bitmaps_exit(struct qcow_image *image);
