@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # Requests that race for the same few clusters, freed and taken again all the time, never see or leave each other's data.
 # kernels: 6.1 debug
+# quick: 6.1
 # cpus: 2
 # timeout: 900
 

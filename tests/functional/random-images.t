@@ -3,7 +3,6 @@
 # Images that QEMU made by chance, of all options and with a past of any kind, read as QEMU reads them, snapshots too, and can be written.
 # kernels: 6.1 debug
 # quick: 6.1
-# cpus: 2
 # timeout: 1200
 # memory: 2048
 
