@@ -140,6 +140,7 @@ busy_locks() {
 	}' /proc/lock_stat
 }
 if [[ -e /proc/lock_stat ]]; then
+	echo 1 >/proc/sys/kernel/lock_stat
 	attach image.qcow2
 	for rw in randread randwrite; do
 		ok "read the tables" "${direct[@]}" -c 'pread -q -b 1M 0 64M' "$DEV"
@@ -155,6 +156,7 @@ if [[ -e /proc/lock_stat ]]; then
 	ok "allocate" "${direct[@]}" -c 'pwrite -q -b 64k 0 1M' "$DEV"
 	like "where they are taken, that is counted" "$(busy_locks 16)" 'image->lock'
 	detach
+	echo 0 >/proc/sys/kernel/lock_stat
 else
 	skip "no lock that all take" "no lock_stat"
 fi
