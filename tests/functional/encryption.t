@@ -218,7 +218,7 @@ cut() {
 		"$(by_qemu crash.qcow2 luks key 'read -q -P 0x77 0 64k')" ""
 	rm cut.*
 }
-cut "zeroes in a data file" data_file=cut.data --discard=unmap blkdiscard -f -z -o 0 -l 64k
+cut "zeroes in a data file" data_file=cut.data --discard=unmap fallocate -p -o 0 -l 64k
 cut "a discard that keeps clusters" '' --discard=keep blkdiscard -f -o 0 -l 64k
 
 # A file system
