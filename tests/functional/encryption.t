@@ -198,9 +198,11 @@ for mode in directsync writethrough unsafe; do
 done
 
 # What is emptied does not decrypt to zeroes: a power cut before the tables are durable
-# leaves what was there.
+# leaves what was there. They may be, where they are in the file that is copied.
 # cut NAME OPTIONS ATTACH COMMAND...: the command clears the first cluster.
 cut() {
+	local left
+
 	create cut.qcow2 luks key "$2"
 	attach --key-file key "$3" cut.qcow2
 	ok "$1: write" xfs_io -d -c 'pwrite -q -S 0x77 -b 64k 0 64k' -c fsync "$DEV"
@@ -214,8 +216,9 @@ cut() {
 	detach
 	is "$1: it is cleared" "$(by_qemu cut.qcow2 luks key 'read -q -P 0 0 64k')" ""
 	[[ ! -e cut.data ]] || mv crash.data cut.data
-	is "$1: after a power cut it is not" \
-		"$(by_qemu crash.qcow2 luks key 'read -q -P 0x77 0 64k')" ""
+	left=$(by_qemu crash.qcow2 luks key 'read -q -P 0x77 0 64k')
+	[[ ! $left ]] || left=$(by_qemu crash.qcow2 luks key 'read -q -P 0 0 64k')
+	is "$1: a power cut leaves what was there, or zeroes" "$left" ""
 	rm cut.*
 }
 cut "zeroes in a data file" data_file=cut.data --discard=unmap fallocate -p -o 0 -l 64k
