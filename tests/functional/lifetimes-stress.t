@@ -84,11 +84,6 @@ tool() {
 	fi
 	return "$status"
 }
-# gone OUTPUT: is that why a program has failed?
-gone() {
-	[[ $1 == *"No such file or directory"* || $1 == *"No such device"* ||
-		$1 == *"does not exist"* ]]
-}
 
 attach_it() {
 	local inline=()
@@ -106,20 +101,29 @@ detach_it() {
 	esac
 }
 
-# written PART MIRROR-OFFSET SIZE: a write to it. With the device open, it is not detached,
-# and the write may not fail.
+# held NODE: it is open, as 9, so that it stays what it is, until `exec 9<&-`. Between the
+# lookup of a name and the open, its number may have gone to another device.
+held() {
+	{ exec 9<"$1"; } 2>/dev/null &&
+		[[ $(stat -Lc %Hr:%Lr /dev/fd/9) == "$(cat "/sys/class/block/${1##*/}/dev")" ]]
+}
+# written PART MIRROR-OFFSET SIZE: a write to it, where it is. With the device open, it is
+# not detached, and the write may not fail.
 written() {
 	local length=$((RANDOM % 400 * 512 + 512)) offset out
 
 	offset=$(((RANDOM << 15 | RANDOM) * 512 % ($3 - length) / 512 * 512))
-	if out=$(xfs_io -d -c "pwrite -q -b 64k -S $((gen % 255 + 1)) $offset $length" \
+	if ! held "$1"; then
+		:
+	elif out=$(xfs_io -d -c "pwrite -q -b 64k -S $((gen % 255 + 1)) $offset $length" \
 		-c fsync "$1" 2>&1) && [[ ! $out ]]; then
 		tally write
 		xfs_io -c "pwrite -q -b 64k -S $((gen % 255 + 1)) $(($2 + offset)) $length" "$n.qcow2.raw"
 		gen=$((gen + 1))
-	elif ! gone "$out"; then
+	else
 		bad "write to $1: $out"
 	fi
+	exec 9<&-
 }
 partition_owner() {
 	local i
@@ -136,12 +140,14 @@ partition_owner() {
 	detach_it
 }
 file_owner() {
-	local out i name
+	local out="" i name
 
 	n=4 dev=/dev/qcow4
 	attach_it 4
 	# Whoever reads the partitions or looks at it exclusively is in the way.
-	if out=$(mount "$dev" mnt 2>&1); then
+	held "$dev" && out=$(mount "$dev" mnt 2>&1)
+	exec 9<&-
+	if mountpoint -q mnt; then
 		tally mount
 		for ((i = RANDOM % 3; i >= 0; i--)); do
 			name=$((RANDOM % 6))
@@ -151,7 +157,7 @@ file_owner() {
 			((RANDOM % 4)) || out=$(fstrim mnt 2>&1) || bad "fstrim: $out"
 		done
 		out=$(umount mnt 2>&1) || bad "umount: $out"
-	elif ! gone "$out" && [[ $out != *busy* && $out != *"special device"* ]]; then
+	elif [[ $out && $out != *busy* ]]; then
 		bad "mount: $out"
 	fi
 	detach_it

@@ -23,6 +23,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -39,12 +41,12 @@
 
 enum {
 	ATTACH, DETACH, DEFERRED, OPEN, READ, WRITE, ZERO, FREEZE, THAW, RESCAN, STATUS,
-	SYSFS, KINDS
+	SYSFS, ELSEWHERE, KINDS
 };
 
 static const char * const names[KINDS] = {
 	"attach", "detach", "deferred", "open", "read", "write", "zero", "freeze", "thaw",
-	"rescan", "status", "sysfs",
+	"rescan", "status", "sysfs", "elsewhere",
 };
 
 static struct owner {
@@ -116,6 +118,29 @@ static int control(void)
 	return fd;
 }
 
+/*
+ * Is what is open as fd the device index? Between the lookup of its name and the open, its
+ * number may have gone to another device. Linux loads modules for numbers that are nobody's
+ * and then looks again, so there is time.
+ */
+static bool is_device(int fd, unsigned int index)
+{
+	unsigned int major_nr, minor_nr;
+	char path[64];
+	struct stat st;
+	bool same;
+	FILE *f;
+
+	snprintf(path, sizeof(path), "/sys/block/qcow%u/dev", index);
+	f = fopen(path, "re");
+	if (!f)
+		return false;
+	same = fscanf(f, "%u:%u", &major_nr, &minor_nr) == 2 && !fstat(fd, &st) &&
+	       st.st_rdev == makedev(major_nr, minor_nr);
+	fclose(f);
+	return same;
+}
+
 static int device(unsigned int index, int flags)
 {
 	char path[32];
@@ -123,8 +148,13 @@ static int device(unsigned int index, int flags)
 
 	snprintf(path, sizeof(path), "/dev/qcow%u", index);
 	fd = open(path, flags | O_CLOEXEC);
-	return may(fd, OPEN, index, ENOENT, ENODEV, ENXIO, flags & O_EXCL ? EBUSY : 0, 0) ?
-	       fd : -1;
+	if (!may(fd, OPEN, index, ENOENT, ENODEV, ENXIO, flags & O_EXCL ? EBUSY : 0, 0))
+		return -1;
+	if (is_device(fd, index))
+		return fd;
+	count[ELSEWHERE]++;
+	close(fd);
+	return -1;
 }
 
 static void attach(const struct owner *o, bool no_inline)
