@@ -248,6 +248,21 @@ kept "with a bitmap: its directory" $at
 check_clean x.qcow2 "with a bitmap"
 like "with a bitmap: QEMU has it still" "$(qemu-img info x.qcow2)" 'name: changes'
 
+# Somebody who does not know of bitmaps has written to it: they are out of date, and
+# where they are is theirs.
+put_bytes x.qcow2 $AUTOCLEAR 0000000000000000
+cp x.qcow2 before.qcow2
+attach "$PWD/x.qcow2"
+random "with a stale bitmap" x.qcow2
+is "with a stale bitmap: the header is what it was" "$(header x.qcow2)" \
+	"$(header before.qcow2)"
+kept "with a stale bitmap: its directory" $at
+table=$((0x$(word x.qcow2 $at)))
+kept "with a stale bitmap: its table" $table
+data=$((0x$(word x.qcow2 $table)))
+ok "with a stale bitmap: it has bits" test $data -gt 65535
+kept "with a stale bitmap: its bits" $data
+
 # The one autoclear bit that is kept true stays.
 rm -f x.qcow2
 qemu-img create -q -f qcow2 -o data_file=x.data,data_file_raw=on x.qcow2 4M

@@ -229,7 +229,6 @@ static int attach(const char * const *values, char **operands)
 	call.message = (uintptr_t)message;
 	call.message_size = sizeof(message);
 	ret = control_call(QCOW_CTL_ATTACH, &call);
-	key_forget(&chain);
 	errno = ret;
 	if (ret)
 		return attach_failed(image, wanted, message);

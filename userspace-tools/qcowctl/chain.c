@@ -7,8 +7,11 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/fs.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include "qcowctl.h"
 
@@ -135,6 +138,7 @@ static int open_file(struct chain *chain, const char *path, bool write,
 	int flags = write ? O_RDWR : O_RDONLY;
 	struct chain_file *files = chain->files;
 	unsigned int i, count = chain->file_count;
+	int read_only = 0;
 	struct stat st;
 
 	/* Look first: opening a FIFO would wait, opening a tape would wind it. */
@@ -146,6 +150,12 @@ static int open_file(struct chain *chain, const char *path, bool write,
 	if (write && S_ISBLK(st.st_mode))
 		flags |= O_EXCL;
 	*fd = open(path, flags);
+	/* Linux opens devices for writing that cannot be written. */
+	if (*fd >= 0 && write && !ioctl(*fd, BLKROGET, &read_only) && read_only) {
+		close(*fd);
+		*fd = -1;
+		errno = EROFS;
+	}
 	if (*fd < 0 && write && !chain->must_write && !chain->image &&
 	    exit_of_errno(errno) == EXIT_DENIED) {
 		fail(EXIT_OK, "warning: %s: cannot be opened for writing: %m; attaching it read-only",

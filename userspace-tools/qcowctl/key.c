@@ -24,6 +24,17 @@ struct secret {
 	size_t size;
 };
 
+/* What key_forget() wipes: the last passphrase of a file, and the keys of volumes */
+static void **kept;
+static size_t kept_count;
+
+static void *keep(void *secret)
+{
+	kept = xreallocarray(kept, kept_count + 1, sizeof(*kept));
+	kept[kept_count++] = secret;
+	return secret;
+}
+
 static void *safe_alloc(size_t size)
 {
 	void *p = crypt_safe_alloc(size ?: 1);
@@ -48,10 +59,10 @@ static int move_secret(struct secret *secret, char *data, size_t size)
 	return EXIT_OK;
 }
 
-static void set_key(struct qcow_layer *layer, const char *key, size_t size, const char *cipher)
+static void set_key(struct qcow_layer *layer, char *key, size_t size, const char *cipher)
 {
 	layer->flags |= QCOW_LAYER_KEY;
-	layer->key = (uintptr_t)key;
+	layer->key = (uintptr_t)keep(key);
 	layer->key_size = size;
 	layer->cipher = (uintptr_t)cipher;
 	layer->cipher_size = strlen(cipher);
@@ -78,8 +89,10 @@ static int read_key_file(struct chain *chain, struct secret *secret)
 		if (err)
 			return fail(exit_of_errno(-err), "%s: cannot be read as a key file: %s; check --key-file",
 				    name, strerror(-err));
-		if (!files[length])
+		if (!files[length]) {
 			last = *secret;
+			keep(last.data);
+		}
 	}
 	if (files[length])
 		chain->key_files += length + 1;
@@ -176,7 +189,7 @@ static int unlock_aes(const char *path, const struct secret *secret, struct qcow
 }
 
 /* Leave a secret for qemu-img: a file in memory, which it inherits; or -1. */
-static int keep(const struct secret *secret)
+static int leave(const struct secret *secret)
 {
 	int fd = memfd_create("secret", 0);
 
@@ -206,7 +219,7 @@ int key_unlock(struct chain *chain, const struct header *header, struct qcow_lay
 		ret = luks ? unlock_luks(luks, path, &secret, layer) :
 			     unlock_aes(path, &secret, layer);
 		if (!ret && for_qemu)
-			chain->secret = keep(&secret);
+			chain->secret = leave(&secret);
 		crypt_safe_free(secret.data);
 		if (ret != EXIT_DENIED || !asks || ++tries == TRIES)
 			break;
@@ -218,12 +231,8 @@ int key_unlock(struct chain *chain, const struct header *header, struct qcow_lay
 	return ret;
 }
 
-void key_forget(struct chain *chain)
+void key_forget(void)
 {
-	unsigned int i;
-
-	for (i = 0; i < chain->layer_count; i++) {
-		crypt_safe_free((void *)(uintptr_t)chain->layers[i].key);
-		chain->layers[i].key = 0;
-	}
+	while (kept_count)
+		crypt_safe_free(kept[--kept_count]);
 }

@@ -331,7 +331,7 @@ static void print_lines(struct json_object *object, const char *indent)
 	}
 }
 
-/* The image's snapshots and bitmaps, as qemu-img tells of them; none if it cannot. */
+/* The image's snapshots and bitmaps, as qemu-img tells of them; one of --temp has none. */
 static void add_told(struct json_object *device)
 {
 	const char *image = json_object_get_string(json_object_object_get(device, "image"));
@@ -339,13 +339,22 @@ static void add_told(struct json_object *device)
 	autofree char *word = shell_quote(name);
 	autofree char *command = xasprintf("exec qemu-img info -U --output=json %s 2>/dev/null",
 					   word);
-	struct json_object *told, *of, *from, *to, *snapshots = json_object_new_array();
+	struct json_object *told, *of, *from, *to, *snapshots;
 	FILE *pipe = popen(command, "r");
 	char date[] = "YYYY-MM-DDThh:mm:ssZ";
 	time_t seconds;
 	size_t i;
 
 	told = pipe ? json_object_from_fd(fileno(pipe)) : NULL;
+	if (pipe)
+		pclose(pipe);
+	if (!told) {
+		if (!access(image, F_OK))
+			fail(EXIT_OK, "warning: %s: qemu-img cannot say which snapshots and bitmaps it has; install qemu-utils",
+			     image);
+		return;
+	}
+	snapshots = json_object_new_array();
 	of = json_object_object_get(told, "snapshots");
 	for (i = 0; of && i < json_object_array_length(of); i++) {
 		from = json_object_array_get_idx(of, i);
@@ -364,8 +373,6 @@ static void add_told(struct json_object *device)
 	json_object_object_add(device, "bitmaps",
 			       of ? json_object_get(of) : json_object_new_array());
 	json_object_put(told);
-	if (pipe)
-		pclose(pipe);
 }
 
 static int info(const char * const *values, char **operands)

@@ -102,7 +102,7 @@ static int run(const struct command *command, int argc, char **argv)
 	const char *values[MAX_OPTIONS] = { NULL };
 	char shorts[2 * MAX_OPTIONS + 3] = ":h";
 	char *end = shorts + strlen(shorts);
-	int c, i;
+	int c, i, ret;
 
 	for (i = 0; options[i].name; i++) {
 		longs[i + 1] = (struct option) {
@@ -132,7 +132,9 @@ static int run(const struct command *command, int argc, char **argv)
 			    command->name, argc < command->min ? "too few" : "too many",
 			    *command->operands ? command->operands : "none",
 			    command->name);
-	return command->run(values, argv + optind);
+	ret = command->run(values, argv + optind);
+	key_forget();
+	return ret;
 }
 
 int main(int argc, char **argv)

@@ -81,10 +81,10 @@ int chain_open(struct chain *chain, const char *image);
 
 /*
  * key.c: ask for the passphrase of a layer, the last one, and fill in its key; wipe
- * the keys of all layers.
+ * all keys.
  */
 int key_unlock(struct chain *chain, const struct header *header, struct qcow_layer *layer);
-void key_forget(struct chain *chain);
+void key_forget(void);
 
 /*
  * check.c: repair a chain's image, opened for writing, if it has the dirty bit, or
