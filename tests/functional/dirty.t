@@ -151,7 +151,7 @@ hold -r locked.qcow2
 not_ok "not while somebody reads it" try_attach "$PWD/locked.qcow2"
 release
 is "which leaves it alone" "$(cksum <locked.qcow2)" "$before"
-refused "--no-repair" 3 'marked dirty.*qcowctl check --repair .*locked.qcow2' \
+refused "--no-repair" 3 'marked dirty.*leave out --no-repair, run qcowctl check --repair .*locked.qcow2' \
 	attach --no-repair locked.qcow2
 said=$(env PATH=/nonexistent "$(command -v "$QCOWCTL")" attach locked.qcow2 2>&1)
 is "without qemu-img: exit code" $? 3

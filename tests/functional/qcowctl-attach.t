@@ -76,7 +76,7 @@ refused "the number is taken" 4 "/dev/qcow7 is attached already" \
 	attach --number=7 chain.qcow2
 refused "the image is in use" 4 "/dev/qcow7 uses it and lets nobody write" attach ok.qcow2
 ok "two devices read one image" "$QCOWCTL" attach -n 8 -r ok.qcow2
-refused "the image names two devices" 2 "as /dev/qcow7, /dev/qcow8; name one" \
+refused "the image names two devices" 2 "attached as /dev/qcow7, /dev/qcow8; name one of them" \
 	detach ok.qcow2
 ok "detach by number" "$QCOWCTL" detach 8
 attach -n 9 chain.qcow2
@@ -126,7 +126,8 @@ like "info" "$("$QCOWCTL" info 9)" 'size +1M \(1048576 bytes\)'
 # Devices that are not there
 refused "detach what is not attached" 5 "/dev/qcow77: not attached" detach 77
 refused "detach an image that is not attached" 5 "cwd.raw: not attached" detach cwd.raw
-refused "detach a name that does not exist" 5 "nope: No such file" detach nope
+refused "detach a name that does not exist" 5 "nope: No such file or directory; name a device or its image" \
+	detach nope
 refused "info on what is not attached" 5 "/dev/qcow77: not attached" info qcow77
 
 # Names of a device

@@ -164,10 +164,8 @@ static int open_file(struct chain *chain, const char *path, bool write,
 		write = false;
 		*fd = open(path, O_RDONLY);
 	}
-	if (*fd < 0)
+	if (*fd < 0 || fstat(*fd, &st))
 		return open_failed(chain, path, write, what);
-	if (fstat(*fd, &st))
-		return fail(EXIT_SYSTEM, "%s: %m", path);
 
 	/* Before locking: our own locks on the file would be in the way. */
 	for (i = 0; i < count; i++) {

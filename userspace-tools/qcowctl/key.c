@@ -142,6 +142,9 @@ static int load_luks(int fd, const char *path, const struct header *header, int 
 	ssize_t size = header->luks_size;
 	int err;
 
+	/* For what ends too early. */
+	if (copy >= 0)
+		errno = ENODATA;
 	/* There must be room behind it, where others have the data. */
 	if (copy < 0 || pread(fd, buf, size, header->luks_offset) != size ||
 	    pwrite(copy, buf, size, 0) != size || ftruncate(copy, 2 * MAX_LUKS_SIZE))
