@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-only
 # Requests are held at the worst moment, others do what would do harm then, and they go on: each interleaving that the design says is safe.
-# kernels: 6.1+
+# kernels: 6.1+ debug
+# quick: 6.1+
 # timeout: 600
 
 # These are the races that other implementations have lost, one by one and the same
