@@ -170,7 +170,8 @@ static int unlock_luks(struct crypt_device *luks, const char *path,
 		return fail(EXIT_DENIED, "%s: that is not its passphrase; check it, and what is given with --key-file or --keyring",
 			    path);
 	if (slot < 0)
-		return fail(EXIT_SYSTEM, "%s: libcryptsetup cannot unlock it: %s", path,
+		return fail(EXIT_SYSTEM, "%s: libcryptsetup cannot unlock it, with the cipher %s-%s: %s",
+			    path, crypt_get_cipher(luks), crypt_get_cipher_mode(luks),
 			    strerror(-slot));
 	cipher = xasprintf("%s-%s", crypt_get_cipher(luks), crypt_get_cipher_mode(luks));
 	set_key(layer, key, size, cipher);
