@@ -15,13 +15,13 @@ cd "$WORK" || exit
 CELL_OPS=${QCOW_OPS:-${QUICK:+300}}
 CELL_OPS=${CELL_OPS:-800}
 
-# create NAME FORMAT KEYFILE [OPTION,...] [ARGUMENT]...: an encrypted image
+# create NAME FORMAT KEYFILE [OPTION,...] [ARGUMENT]...: an encrypted image of 8M, or SIZE
 create() {
 	local options=encrypt.format=$2,encrypt.key-secret=key
 
 	[[ $2 != luks ]] || options+=,encrypt.iter-time=10
 	qemu-img create -q --object "secret,id=key,file=$3" -f qcow2 \
-		-o "$options${4:+,$4}" "${@:5}" "$1" 8M >&2
+		-o "$options${4:+,$4}" "${@:5}" "$1" "${SIZE:-8M}" >&2
 }
 
 # by_qemu NAME FORMAT KEYFILE COMMAND...: with qemu-io
@@ -45,22 +45,39 @@ refused() {
 	is "$2: in a line" "$(grep -vc warning .err)" 1
 }
 
+# luks_header IMAGE: sets OFFSET and LENGTH of what its header extension points to
+luks_header() {
+	local at
+
+	at=$(head -c 65536 "$1" | od -An -v -tx4 --endian=big -w4 | grep -n 0537be77)
+	read -r OFFSET LENGTH < <(od -A n -t u8 --endian=big -j $(((${at%%:*} + 1) * 4)) -N 16 "$1")
+}
+
+# twins FORMAT IMAGE DESC: the driver writes to one copy, QEMU to another, and it is the same.
+twins() {
+	cp "$2" one.qcow2
+	cp "$2" two.qcow2
+	attach --key-file key one.qcow2
+	ok "$3: write" xfs_io -d -c 'pwrite -q -S 0x5a -b 512k 4k 3M' -c 'pwrite -q -S 3 6M 512' \
+		"$DEV"
+	detach
+	ok "$3: QEMU writes the same" by_qemu two.qcow2 "$1" key \
+		'write -q -P 0x5a 4k 3M' 'write -q -P 3 6M 512'
+	ok "$3: the files are identical" cmp one.qcow2 two.qcow2
+	not_ok "$3: and have no plain text" grep -q ZZZZZZZZ one.qcow2
+	attach --key-file key two.qcow2
+	ok "$3: what QEMU wrote is read" cmp -i 4096:0 -n 3145728 "$DEV" zs
+	detach
+}
+
 # What is in the file is what QEMU would have put there.
 printf 'correct horse' >key
+head -c 3M /dev/zero | tr '\0' Z >zs
 create luks.empty luks key
 create luks.full luks key preallocation=metadata
 create aes.full aes key preallocation=metadata
 for format in luks aes; do
-	cp $format.full one.qcow2
-	cp $format.full two.qcow2
-	attach --key-file key one.qcow2
-	ok "$format: write" xfs_io -d -c 'pwrite -q -S 0x5a -b 512k 4k 3M' -c 'pwrite -q -S 3 6M 512' \
-		"$DEV"
-	detach
-	ok "$format: QEMU writes the same" by_qemu two.qcow2 $format key \
-		'write -q -P 0x5a 4k 3M' 'write -q -P 3 6M 512'
-	ok "$format: the files are identical" cmp one.qcow2 two.qcow2
-	not_ok "$format: and have no plain text" grep -q ZZZZZZZZ one.qcow2
+	twins $format $format.full $format
 done
 attach --key-file key one.qcow2
 like "legacy AES is warned of" "$(<"$WORK/.err")" 'insecure.*qemu-img convert'
@@ -177,12 +194,11 @@ is "and encrypted then" "$(by_qemu packed.qcow2 luks key 'read -q -P 0x55 0 512'
 
 # Nothing is written over the LUKS header.
 cp luks.full hit.qcow2
-at=$(head -c 65536 hit.qcow2 | od -An -v -tx4 --endian=big -w4 | grep -n 0537be77)
-offset=$(od -A n -t u8 --endian=big -j $(((${at%%:*} + 1) * 4)) -N 8 hit.qcow2 | tr -d ' ')
+luks_header hit.qcow2
 l1=$(od -A n -t u8 --endian=big -j 40 -N 8 hit.qcow2 | tr -d ' ')
 l2=$(od -A n -t u8 --endian=big -j "$l1" -N 8 hit.qcow2 | tr -d ' ')
 l2=$((l2 & 0x00fffffffffffe00))
-put_bytes hit.qcow2 $l2 "$(printf %016x $((1 << 63 | (offset + 65536))))"
+put_bytes hit.qcow2 $l2 "$(printf %016x $((1 << 63 | (OFFSET + 65536))))"
 attach --key-file key hit.qcow2
 not_ok "a write that would hit the LUKS header" xfs_io -d -c 'pwrite -q 0 4k' "$DEV"
 like "is stopped" "$(<"/sys/block/${DEV#/dev/}/qcow/damage")" 'encryption header'
@@ -235,6 +251,115 @@ ok "files" fio --name=files --directory=mnt --rw=randwrite --bs=4k --size=2M --v
 umount mnt
 ok "fsck" fsck.ext4 -fn "$DEV"
 detach
+
+# What else QEMU makes. The debug kernel has only AES, and libcryptsetup needs a kernel's for
+# what OpenSSL does not have. (QEMU itself ends with an assertion for cbc with aes-192.)
+more='cipher-alg=aes-192 cipher-alg=serpent-256 cipher-alg=twofish-256
+	cipher-alg=cast5-128,cipher-mode=cbc'
+[[ ! $QUICK ]] || more=
+for cipher in cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=plain,hash-alg=sha1 \
+	cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,hash-alg=sha512 $more; do
+	create cipher.full luks key "preallocation=metadata,encrypt.${cipher//,/,encrypt.}"
+	twins luks cipher.full "$cipher"
+done
+
+# Of a sector's number plain takes 32 bits. A raw data file has it at its place on the disk.
+wrap=$((1 << 41))
+options=encrypt.ivgen-alg=plain,cluster_size=2M,preallocation=metadata
+options+=,data_file=plain.data,data_file_raw=on
+SIZE=$((wrap + (2 << 20))) create plain.qcow2 luks key $options
+attach --key-file key plain.qcow2
+ok "plain: write where the number wraps" xfs_io -d -c "pwrite -q -S 0x5a $((wrap - 65536)) 128k" \
+	-c 'pwrite -q -S 0x5a 0 64k' "$DEV"
+detach
+ok "plain: what follows is as at 0" cmp -i 0:$wrap -n 65536 plain.data plain.data
+is "plain: QEMU reads it, and writes" "$(by_qemu plain.qcow2 luks key \
+	"read -q -P 0x5a $((wrap - 65536)) 128k" "write -q -P 0x6b $wrap 64k" 2>&1)" ""
+attach --key-file key plain.qcow2
+is "plain: what QEMU wrote is read" "$(xfs_io -r -c "pread -v $wrap 64k" "$DEV" |
+	sed -n 's/^[0-9a-f]*:  \(..\) .*/\1/p' | uniq -c | xargs)" "4096 6b"
+detach
+
+# Those that are refused, by the tool and by the driver
+create ecb.qcow2 luks key encrypt.cipher-mode=ecb
+refused 1 "ECB" 'aes-ecb' qcowctl attach --key-file key ecb.qcow2
+cp luks.empty benbi.qcow2
+luks_header benbi.qcow2
+truncate -s 4M header
+cryptsetup luksFormat -q --type luks1 --cipher aes-cbc-benbi --key-size 256 \
+	--pbkdf-force-iterations 1000 --key-file key header
+dd if=header of=benbi.qcow2 bs=64k count="$LENGTH" seek="$OFFSET" conv=notrunc status=none \
+	iflag=count_bytes oflag=seek_bytes
+refused 3 "another generator" 'aes-cbc-benbi' qcowctl attach --key-file key benbi.qcow2
+
+# Keys go nowhere. In 8 bytes each: a passphrase, which is the key of an AES image as it is,
+# and the key of a LUKS one.
+printf vq9zWk3T-p7LxRb2 >secret
+create secret.luks luks secret
+create secret.aes aes secret
+luks_header secret.luks
+dd if=secret.luks of=secret.header bs=64k skip="$OFFSET" count="$LENGTH" status=none \
+	iflag=skip_bytes,count_bytes
+truncate -s 4M secret.header
+ok "the key of a volume" cryptsetup luksDump -q --dump-volume-key --volume-key-file volume.key \
+	--key-file secret secret.header
+is "has 64 bytes" "$(stat -c %s volume.key)" 64
+
+# leaks FILE...: those that have a part of either, as it is or in hexadecimal
+leaks() {
+	# shellcheck disable=SC2016 # for perl
+	perl -e '
+		sub all { open my $f, "<", shift or return ""; local $/; <$f> // "" }
+		my @parts = map { unpack "(a8)*", all($_) } "secret", "volume.key";
+		for my $name (@ARGV) {
+			my $text = all($name);
+			(my $hex = lc $text) =~ s/0x//g;
+			$hex =~ tr/0-9a-f//cd;
+			print "$name\n" if grep { index($text, $_) >= 0 ||
+				index($hex, unpack "H*", $_) >= 0 } @parts;
+		}' "$@"
+}
+
+# look: leaks of all that is to be seen of the device; sets LOOKED to how many files that is
+look() {
+	local name=${DEV#/dev/} files columns
+
+	columns=$(qcowctl list --help | sed -n '/^  [A-Z]/p' | tr -d ' \n')
+	mkdir -p seen
+	dmesg >seen/dmesg
+	cat /sys/kernel/tracing/trace >seen/trace
+	cat /proc/keys >seen/keys
+	cp .err seen/attach
+	qcowctl info "$DEV" >seen/info
+	qcowctl info --json "$DEV" >seen/info.json
+	qcowctl list -o "$columns" >seen/list
+	qcowctl list --json -o "$columns" >seen/list.json
+	mapfile -t files < <(find seen "$1" "/sys/block/$name/" /sys/module/qcow \
+		/sys/kernel/debug/{qcow,"block/$name"} -type f 2>/dev/null)
+	LOOKED=${#files[@]}
+	leaks "${files[@]}" >found
+}
+
+echo 1 >/sys/kernel/tracing/events/qcow/enable
+for format in luks aes; do
+	attach --key-file secret secret.$format
+	ok "$format: write and read" xfs_io -d -c 'pwrite -q 4k 1M' -c fsync -c 'pread -q 0 2M' "$DEV"
+	look secret.$format
+	ok "$format: there is much to be seen" test "$LOOKED" -gt 100
+	like "$format: with events" "$(<seen/trace)" 'qcow_map:.*qcow_commit:'
+	is "$format: and no list is empty" "$(find seen -size 0 ! -name attach)" ""
+	is "$format: the keys are nowhere" "$(<found)" ""
+	[[ $format != aes ]] || echo "planted: $(<secret)" >/dev/kmsg
+	[[ $format != aes ]] || look secret.$format
+	detach
+done
+echo 0 >/sys/kernel/tracing/events/qcow/enable
+is "but where one is, that is seen" "$(<found)" seen/dmesg
+cp volume.key raw
+od -An -v -tx1 volume.key | sed -n 2p >spaced
+od -An -v -tx1 volume.key | tr -d ' \n' | tr a-f A-F >upper
+sed 's/ / 0x/g' spaced >prefixed
+is "in any form" "$(leaks raw zs spaced upper prefixed | xargs)" "raw spaced upper prefixed"
 
 # The format: everything by the differential test. It takes QEMU seconds to make a LUKS
 # header, and the AES of old takes the same paths, but for the place that counts.
