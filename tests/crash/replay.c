@@ -802,10 +802,9 @@ static bool do_state(uint64_t k, size_t which, const char *way)
 
 /*
  * Of each epoch: states within a FUA write, the state at the flush before it, subsets
- * of it. Each has the same share, and what others left of theirs. With more epochs than
- * states some have none.
+ * of it. Each has the same share, and what others left of theirs.
  */
-static void run_states(uint64_t *boundaries, uint64_t *within, uint64_t *skipped)
+static void run_states(size_t *boundaries, uint64_t *within, size_t *skipped)
 {
 	uint64_t k = 0, share, due, tries, before;
 	size_t applied = 0, which, i, fuas;
@@ -818,7 +817,7 @@ static void run_states(uint64_t *boundaries, uint64_t *within, uint64_t *skipped
 				advance(&entries[applied]);
 		share = (which + 1) * opt.states / epoch_count;
 		if (e->skip) {
-			*skipped += share - which * opt.states / epoch_count;
+			++*skipped;
 			continue;
 		}
 		due = share > distinct ? share - distinct : 0;
@@ -838,11 +837,9 @@ static void run_states(uint64_t *boundaries, uint64_t *within, uint64_t *skipped
 		}
 		*within += distinct - before;
 		tell_marks(entries[e->flush].at);
-		if (opt.states >= epoch_count || (due && which % 2)) {
-			make_boundary(e);
-			k += do_state(k, which, "nothing after the flush");
-			++*boundaries;
-		}
+		make_boundary(e);
+		k += do_state(k, which, "nothing after the flush");
+		++*boundaries;
 		for (tries = 4 * due; distinct < share && tries; tries--) {
 			const char *way;
 
@@ -877,7 +874,8 @@ int main(int argc, char **argv)
 		{ "forget-flush", 0, NULL, 'F' },
 		{ NULL, 0, NULL, 0 },
 	};
-	uint64_t skipped = 0, boundaries = 0, within = 0, s;
+	size_t skipped = 0, boundaries = 0;
+	uint64_t within = 0, s;
 	double start = seconds();
 	unsigned char *base;
 	int c, fd;
@@ -952,6 +950,7 @@ int main(int argc, char **argv)
 		fprintf(stderr,
 			"usage: replay --log FILE --base STORAGE --history FILE [--initial RAW]\n"
 			"  [--states N] [--seed N] [--scratch DIR] [--name NAME]\n"
+			"                   N is at least one and a half for each flush\n"
 			"  [--log-at BYTES] where in the log's file it is\n"
 			"  [--file PATH]    the image is this file of a file system on the storage\n"
 			"  [--data PATH]    and this one is its external data file\n"
@@ -989,8 +988,6 @@ int main(int argc, char **argv)
 		sector_hash[s] = hash_sector(durable, s);
 		durable_hash += sector_hash[s];
 	}
-	seen_size = opt.states * 4 + 1;
-	seen = need(calloc(seen_size, sizeof(*seen)));
 	if (opt.initial)
 		initial = map_file(opt.initial, &initial_size);
 	load_history(opt.history);
@@ -998,17 +995,22 @@ int main(int argc, char **argv)
 	find_epochs();
 	if (!epoch_count)
 		die("there is no flush in the log");
+	/* One for each flush, and half as many besides, at least. */
+	if (opt.states < epoch_count * 3 / 2)
+		opt.states = epoch_count * 3 / 2;
+	seen_size = opt.states * 4 + 1;
+	seen = need(calloc(seen_size, sizeof(*seen)));
 	run_states(&boundaries, &within, &skipped);
 	printf("# log: %zu writes and flushes, %zu flushes, %zu marks; history: %" PRIu64
 	       " requests\n", entry_count, epoch_count, mark_count, head->ops);
-	printf("# %" PRIu64 " distinct states, at %" PRIu64 " flushes, %" PRIu64
-	       " in a FUA write; %" PRIu64 " left out; %u failed; %.1f s\n",
-	       distinct, boundaries, within, skipped, bad, seconds() - start);
+	printf("# %" PRIu64 " distinct states, at %zu of %zu flushes, %" PRIu64
+	       " in a FUA write; %zu flushes left out; %u failed; %.1f s\n",
+	       distinct, boundaries, epoch_count, within, skipped, bad, seconds() - start);
 	if (dirty)
 		printf("# %u states were marked dirty\n", dirty);
 	unlink(state_path);
 	unlink(out_path);
-	if (skipped * 2 > opt.states)
-		die("more than half of the states had to be left out");
+	if (skipped * 2 > epoch_count)
+		die("more than half of the flushes had to be left out");
 	return bad != 0;
 }

@@ -6,7 +6,8 @@
 
 # usage: replay.t [CASE]...
 # QCOW_SOAK=1 draws a seed, adds cases, and makes more states of each.
-# QCOW_STATES=N states of each case, QCOW_SEED=N another load,
+# QCOW_STATES=N states of each case, and never less than one for each flush and half
+# as many besides, QCOW_SEED=N another load,
 # QCOW_KERNEL=NAME another kernel, QCOW_NO_INLINE=1 attach with --no-inline,
 # QCOW_KEEP=DIR keeps what was recorded.
 
@@ -15,7 +16,7 @@
 
 crash=$(cd "$(dirname "$0")" && pwd)
 tree=$(cd "$crash/../.." && pwd)
-states=${QCOW_STATES:-185}
+states=${QCOW_STATES:-175}
 seed=${QCOW_SEED:-1}
 kernel=${QCOW_KERNEL:-6.1}
 ops=${QCOW_OPS:-500}
@@ -44,7 +45,7 @@ CASES=(
 	'file-64k-data-bitmap ext4 6M cluster_size=64k raw+bitmap+data --jobs 2'
 	'file-4k-overlay-snapshot ext4 4M cluster_size=4k raw+snapshot --jobs 1 --max-io 256k'
 	'file-4k-lazy-fua ext4 4M cluster_size=4k,lazy_refcounts=on none --jobs 1 --max-io 128k --mix read=4,write=50,zero=6,discard=6,dsync=10,flush=4'
-	'xfs-4k xfs 4M cluster_size=4k none --jobs 2 --max-io 256k'
+	'xfs-4k xfs 4M cluster_size=4k none --jobs 2 --max-io 256k --ops 150'
 )
 if [[ ${QCOW_SOAK-} ]] || (($#)); then
 	CASES+=(
@@ -247,7 +248,7 @@ prepare() {
 
 # check_case: the states of a case that was recorded
 check_case() {
-	local slot=$1 log n from=()
+	local slot=$1 log n at of left from=()
 
 	n=$(states_of)
 	if ! is "$name: the load runs" "$([[ ! -e $dir/recorded ]] || echo 1)" 1; then
@@ -260,8 +261,10 @@ check_case() {
 		--keep "$again" --kept "$kept" >"$WORK/.replay" 2>&1
 	is "$name: the states after a power cut are good" $? 0
 	diag "$(head -n 100 "$WORK/.replay")"
-	n=$(sed -n 's/^# \([0-9]*\) distinct states.*/\1/p' "$WORK/.replay")
-	((total += n))
+	read -r n at of _ left _ < <(sed -En \
+		'/^# [0-9]+ distinct states/s/[^0-9]+/ /gp' "$WORK/.replay")
+	is "$name: one is at each flush" "$((at + left)) of ${of:-none}" "$of of $of"
+	((total += ${n:-0}))
 	if [[ $options == *lazy_refcounts=on* ]]; then
 		like "$name: some of them were repaired" "$(<"$WORK/.replay")" \
 			' states were marked dirty'
@@ -338,6 +341,7 @@ for slot in "${!wanted[@]}"; do
 	[[ ! -e $dir/load ]] || check_case "$slot"
 done
 diag "totals: states=$total"
+(($#)) || ok "there are 200 at least" test "$total" -ge 200
 diag "they are distinct; after $SECONDS s"
 
 # Leaks are allowed after a power cut; more of them are not.
