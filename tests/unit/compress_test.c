@@ -251,7 +251,7 @@ static void a_large_window(struct kunit *test, struct stream *s)
 {
 	static const u8 head[] = { 0x28, 0xb5, 0x2f, 0xfd, 0x00, 16 << 3 };
 	u32 block = SZ_4K << 3 | 1;	/* the last one, and not compressed */
-	u8 block_head[] = { block, block >> 8, block >> 16 };
+	u8 block_head[] = { block & 0xff, block >> 8, block >> 16 };
 
 	put(s, head, sizeof(head));
 	put(s, block_head, sizeof(block_head));
