@@ -12,6 +12,15 @@ cache=${QCOW_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/qcow}
 built=$cache/built/$(sha256sum <<<"$tree" | cut -c1-12)
 mkdir -p "$cache/locks" "$built"
 
+# What a kernel prints when something is wrong with it
+report='BUG: |WARNING: |Oops|general protection fault|kernel BUG at|KASAN: '
+report+='|UBSAN: |possible (circular|recursive) locking|suspicious RCU usage'
+report+='|inconsistent lock state|INFO: task .* blocked|hung_task|soft lockup'
+report+='|hard LOCKUP|rcu.*detected (stall|expedited)|unreferenced object'
+report+='|Kernel panic|ODEBUG: |list_(add|del) corruption'
+report+='|refcount_t: |bad unlock balance|held lock freed|invalid wait context'
+report+='|nested lock was not taken|workqueue lockup|non-static key'
+
 say()
 {
 	echo "${0##*/}: $*" >&2
