@@ -82,6 +82,6 @@ for ((i = 0; i < count; i++)); do
 		run_cell "$CELL"
 	fi
 done
-diag "$CELLS_DONE cells, $OPS_DONE requests, ${SECONDS} s"
+diag "totals: cells=$CELLS_DONE requests=$OPS_DONE"
 no_kernel_report
 done_testing

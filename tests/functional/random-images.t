@@ -399,6 +399,6 @@ else
 		one_image $((${QCOW_SEED:-1} * 1000 + number))
 	done
 fi
-diag "$IMAGES images, $SNAPSHOTS_READ times a snapshot, ${SECONDS} s"
+diag "totals: images=$IMAGES requests=$((IMAGES * ops)) snapshots=$SNAPSHOTS_READ"
 no_kernel_report
 done_testing
