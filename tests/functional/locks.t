@@ -62,7 +62,11 @@ forced=(
 	'qemu-img info -U image.qcow2'
 	'qemu-img check -U image.qcow2'
 	'qemu-img map -U image.qcow2'
+	'qemu-img compare -U image.qcow2 base.qcow2'
 	'qemu-img convert -U -O raw image.qcow2 out.raw'
+	'qemu-img measure -U -O qcow2 image.qcow2'
+	'qemu-img dd -U if=image.qcow2 of=out.raw bs=64k count=1'
+	'qemu-img bench -U -c 1 -f qcow2 image.qcow2'
 	'qemu-img snapshot -U -l image.qcow2'
 	'qemu-io -U -r -c quit image.qcow2'
 )
