@@ -265,6 +265,7 @@ cell_steps() {
 		return 1
 	fi
 	printf '%s\n' "$out"
+	echo "cache_misses $(<"/sys/block/${DEV#/dev/}/qcow/cache_misses")"
 	if ! try_detach; then
 		cat "$WORK/.err"
 		echo "detach failed"
