@@ -257,30 +257,41 @@ ok "three that attach and detach one image" tug_of_war
 is "leave no device" "$(devices)" ""
 check_clean one.qcow2 "after the tug of war"
 
-# A tool that is killed leaves nothing, or a device that detaches.
-killed=0 left=0 stuck=0
+# A tool that is killed leaves nothing, or a device that detaches. It is killed
+# about when the device comes: the next one later if there was none yet, else sooner.
+start=${EPOCHREALTIME/./}
+attach "$WORK/two.qcow2"
+took=$((${EPOCHREALTIME/./} - start))
+detach
+us=$((took * 3 / 4)) none=0 made=0 stuck=0
 for ((i = 0; i < kill_rounds; i++)); do
 	"$QCOWCTL" attach "$WORK/two.qcow2" >/dev/null 2>&1 &
 	pid=$!
-	read -rt "0.$(printf %03d $((RANDOM % 120)))" <> <(:)
-	kill -9 $pid 2>/dev/null && killed=$((killed + 1))
+	read -rt "$((us / 1000000)).$(printf %06d $((us % 1000000)))" <> <(:)
+	kill -9 $pid 2>/dev/null
 	wait $pid 2>/dev/null
+	status=$?
 	if [[ $(devices) ]]; then
-		left=$((left + 1))
+		((status != 137)) || made=$((made + 1))
+		us=$((us - took * (RANDOM % 20) / 100))
+		((us > 0)) || us=0
 		for ((j = 0; j < 50; j++)); do
 			"$QCOWCTL" detach --all >/dev/null 2>&1 && break
 			sleep 0.05
 		done
+	else
+		((status != 137)) || none=$((none + 1))
+		us=$((us + took * (RANDOM % 20) / 100))
 	fi
 	for ((j = 0; j < 20; j++)); do
-		flock -n two.qcow2 true && break
+		qemu-io -f qcow2 -c 'write -q 0 512' two.qcow2 >/dev/null 2>&1 && break
 		sleep 0.05
 	done
-	if ((i % 10 == 9)) && ! qemu-io -f qcow2 -c 'write -q 0 512' two.qcow2 >/dev/null 2>&1; then
-		stuck=$((stuck + 1))
-	fi
+	((j < 20)) || stuck=$((stuck + 1))
 done
-diag "killed $killed of $kill_rounds; $left had made a device by then"
+diag "of $kill_rounds, $none were killed before there was a device, $made after"
+ok "some are killed before there is a device" test "$none" -gt 0
+ok "and some after" test "$made" -gt 0
 is "a killed tool leaves the image free" "$stuck" 0
 is "and no device" "$(devices)" ""
 check_clean two.qcow2 "after the killings"
