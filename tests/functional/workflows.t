@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-only
 # Each block of Documentation/workflows.rst works, and each script in Documentation/examples.
-# kernels: 6.1
+# kernels: 6.1 debug
+# quick: 6.1
 # timeout: 900
 
 # shellcheck source=tests/functional/common.sh
