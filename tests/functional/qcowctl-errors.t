@@ -146,7 +146,7 @@ damaged_luks "a LUKS header behind the end of the file" 1 \
 	"its LUKS header cannot be read: No data available; see qemu-img check" 124 '\x7f'
 damaged_luks "something else in its place" 3 "its LUKS header is damaged, or not one of LUKS 1" \
 	$luks X
-damaged_luks "no key slot in use" 1 "libcryptsetup cannot unlock it: No such file" \
+damaged_luks "no key slot in use" 1 "libcryptsetup cannot unlock it, with the cipher .*: No such file" \
 	$((luks + 208)) '\0\0\xde\xad'
 cp luks.qcow2 bad.qcow2
 poke bad.qcow2 132 '\x04\0\0\0'
