@@ -71,6 +71,10 @@ for option in --read-only ''; do
   id +1
   name +one
   date +20[0-9-]*T[0-9:]*Z"
+	like "without qemu-img that is said (${option:-writable})" \
+		"$(env PATH=/nonexistent "$(command -v "$QCOWCTL")" info --json "$DEV" 2>&1 >none)" \
+		'^qcowctl: warning: .*snap.qcow2: qemu-img cannot say which snapshots and bitmaps it has; install qemu-utils$'
+	is "and they are left out (${option:-writable})" "$(jq 'has("snapshots")' none)" false
 	detach
 done
 
