@@ -149,9 +149,7 @@ attach -n 7 ok.qcow2
 mkfs.ext4 -q /dev/qcow7
 mkdir "m t"
 mount /dev/qcow7 "m t"
-SECONDS=0
 refused "detach what is mounted" 4 "qcow7: mounted on $WORK/m t; .*--deferred" detach 7
-ok "and that does not take long" test "$SECONDS" -lt 2
 umount "m t"
 mkswap /dev/qcow7 >/dev/null
 swapon /dev/qcow7
@@ -166,7 +164,6 @@ fi
 sleep 100 3</dev/qcow7 &
 sleep 0.2
 refused "detach what a process has open" 4 "open in $! \(sleep\); end that" detach 7
-SECONDS=0
 ok "detach when the last opener closes" "$QCOWCTL" detach --deferred 7
 is "until then it is shown so" "$("$QCOWCTL" list -n -o state | head -n 1)" detaching
 kill $!
