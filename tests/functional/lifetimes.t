@@ -258,13 +258,14 @@ is "leave no device" "$(devices)" ""
 check_clean one.qcow2 "after the tug of war"
 
 # A tool that is killed leaves nothing, or a device that detaches. It is killed
-# about when the device comes: the next one later if there was none yet, else sooner.
+# about when the device comes: the next one later if there was none yet, else sooner;
+# and until both have happened.
 start=${EPOCHREALTIME/./}
 attach "$WORK/two.qcow2"
 took=$((${EPOCHREALTIME/./} - start))
 detach
 us=$((took * 3 / 4)) none=0 made=0 stuck=0
-for ((i = 0; i < kill_rounds; i++)); do
+for ((i = 0; i < kill_rounds || ((!none || !made) && i < 10 * kill_rounds); i++)); do
 	"$QCOWCTL" attach "$WORK/two.qcow2" >/dev/null 2>&1 &
 	pid=$!
 	read -rt "$((us / 1000000)).$(printf %06d $((us % 1000000)))" <> <(:)
@@ -289,7 +290,7 @@ for ((i = 0; i < kill_rounds; i++)); do
 	done
 	((j < 20)) || stuck=$((stuck + 1))
 done
-diag "of $kill_rounds, $none were killed before there was a device, $made after"
+diag "of $i, $none were killed before there was a device, $made after"
 ok "some are killed before there is a device" test "$none" -gt 0
 ok "and some after" test "$made" -gt 0
 is "a killed tool leaves the image free" "$stuck" 0
