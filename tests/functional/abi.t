@@ -16,6 +16,7 @@ for format in luks aes; do
 			echo ,encrypt.iter-time=10)" "image.$format" 1M
 done
 qemu-img create -q -f qcow2 -b image.base -F qcow2 image
+qemu-img create -q -f qcow2 -o data_file=image.data,data_file_raw=on image.raw-data 1M
 
 for program in abi-check abi-check-32; do
 	"$program" image >out 2>err

@@ -166,6 +166,32 @@ else
 	skip "mapped" "no device mapper"
 fi
 
+# What the disk below prefers reaches who uses the image: a stripe of whole clusters
+# does, and others do not; and a sector of 4 KiB counts, however small the clusters.
+truncate -s 96M stripes.img
+new_loop stripes.img
+if modprobe -q dm-mod && dmsetup create stripes \
+	--table "0 $((96 << 11)) striped 3 256 $LOOP 0 $LOOP $((32 << 11)) $LOOP $((64 << 11))"; then
+	udevadm settle
+	for row in 64k:393216 128k:393216 256k:262144; do
+		qemu-img create -q -f qcow2 -o "cluster_size=${row%:*}" /dev/mapper/stripes 8M
+		attach /dev/mapper/stripes
+		is "stripes, clusters of ${row%:*}: preferred I/O" \
+			"$(<"/sys/block/${DEV#/dev/}/queue/optimal_io_size")" "${row#*:}"
+		detach
+	done
+	dmsetup remove --retry stripes
+else
+	skip "stripes" "no device mapper"
+fi
+truncate -s 16M sectors.img
+new_loop -b 4096 sectors.img
+qemu-img create -q -f qcow2 -o cluster_size=512 "$LOOP" 1M
+attach "$LOOP"
+is "sectors of 4 KiB: the physical ones" \
+	"$(<"/sys/block/${DEV#/dev/}/queue/physical_block_size")" 4096
+detach
+
 # An export
 if modprobe -q nbd nbds_max=1; then
 	truncate -s 24M export.img

@@ -441,10 +441,6 @@ draw_cell() {
 		if [[ $CELL == *,packed=* ]]; then
 			PICKED=${PICKED:+${CELL#*,packed=}}
 		fi
-		# More than 512 KiB is not compressed.
-		if [[ $cs == *M ]]; then
-			PICKED=
-		fi
 		CELL+="${PICKED:+,compress=$PICKED}"
 	fi
 	pick yes yes yes no

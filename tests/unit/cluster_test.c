@@ -1533,6 +1533,27 @@ static void version_2_never_gets_a_dirty_bit(struct kunit *test)
 	KUNIT_EXPECT_NULL(test, memchr_inv(disk->bytes + 80, 0xff, 32));
 }
 
+/* An L2 entry has fewer bits for where compressed data is than for other data. */
+static void nothing_is_packed_where_no_entry_reaches(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .cluster_bits = 21, .size = SZ_16M };
+	struct guest *guest = guest_create(qcow_test_disk_create(test, &spec),
+					   spec.size, 0);
+	struct qcow_image *image = image_of(guest);
+	u8 *buf = kunit_kzalloc(test, SZ_2M, GFP_KERNEL);
+	struct qcow_message msg;
+	u64 done;
+
+	KUNIT_ASSERT_NOT_NULL(test, buf);
+	KUNIT_ASSERT_EQ(test, qcow_pack_init(image, QCOW_COMPRESS_IMAGE, &msg), 0);
+	image->alloc_cursor = BIT_ULL(QCOW_PACKED_OFFSET_BITS(21)) >> 21;
+	KUNIT_EXPECT_EQ(test, write_packed(image, 0, SZ_2M, buf, &done), 1);
+	KUNIT_EXPECT_GE(test, image->alloc_cursor,
+			BIT_ULL(QCOW_PACKED_OFFSET_BITS(21)) >> 21);
+	image->alloc_cursor = 0;
+	KUNIT_EXPECT_EQ(test, write_packed(image, 0, SZ_2M, buf, &done), 0);
+}
+
 static struct kunit_case cluster_test_cases[] = {
 	KUNIT_CASE_PARAM(writes_allocate, cluster_size_gen_params),
 	KUNIT_CASE_PARAM(writes_copy_what_they_do_not_cover,
@@ -1569,6 +1590,7 @@ static struct kunit_case cluster_test_cases[] = {
 	KUNIT_CASE(an_image_that_failed_does_not_settle),
 	KUNIT_CASE(an_image_that_failed_stays_dirty),
 	KUNIT_CASE(version_2_never_gets_a_dirty_bit),
+	KUNIT_CASE(nothing_is_packed_where_no_entry_reaches),
 	{}
 };
 

@@ -186,6 +186,10 @@ qcow_alloc_disk(struct blk_mq_tag_set *tag_set,
 	blk_queue_io_min(q, limits->physical_block_size);
 	blk_queue_io_opt(q, limits->io_opt);
 	blk_queue_max_hw_sectors(q, limits->max_hw_sectors);
+	/* As from 6.9 on, a request may be as long as is best. */
+	q->limits.max_sectors = clamp(limits->io_opt >> SECTOR_SHIFT,
+				      q->limits.max_sectors,
+				      limits->max_hw_sectors);
 	blk_queue_max_segments(q, limits->max_segments);
 	blk_queue_max_segment_size(q, UINT_MAX);
 	q->limits.discard_granularity = limits->discard_granularity;

@@ -519,6 +519,14 @@ static int qcow_device_open_chain(struct qcow_device *dev,
 		err = fatal_signal_pending(current) ? -EINTR :
 			qcow_image_open(&source, dev->cache, &chain->layers[i],
 					&reason);
+		if (!err) {
+			chain->depth++;
+			if (chain->layers[i]->data_raw &&
+			    chain->depth < dev->nr_layers) {
+				qcow_message_set(&reason, "a raw external data file excludes a backing file, but there is one");
+				err = -EINVAL;
+			}
+		}
 		if (err) {
 			if (i && reason.text[0])
 				qcow_message_set(msg, "backing file %pD: %s",
@@ -528,7 +536,6 @@ static int qcow_device_open_chain(struct qcow_device *dev,
 			qcow_device_close_chain(dev);
 			return err;
 		}
-		chain->depth++;
 		cond_resched();
 	}
 	return 0;
@@ -572,8 +579,9 @@ static void qcow_index_publish(int index, struct qcow_device *dev)
 static void qcow_device_limits(const struct qcow_device *dev,
 			       struct qcow_limits *limits)
 {
-	const struct qcow_image *image = dev->chain->layers[0];
+	struct qcow_image *image = dev->chain->layers[0];
 	u32 cluster = qcow_cluster_size(image);
+	u32 physical, optimal;
 	unsigned int most;
 	bool zero;
 
@@ -581,17 +589,23 @@ static void qcow_device_limits(const struct qcow_device *dev,
 	zero = !dev->read_only &&
 	       (image->header.version > 2 || dev->chain->depth == 1);
 	most = round_down(UINT_MAX >> SECTOR_SHIFT, cluster >> SECTOR_SHIFT);
+	qcow_file_units(qcow_data_file(image), &physical, &optimal);
 
 	*limits = (struct qcow_limits) {
-		.physical_block_size = min_t(u32, cluster, SZ_4K),
-		.io_opt = cluster,
+		.physical_block_size = max(physical, min_t(u32, cluster, SZ_4K)),
+		/* The stripe of a disk below, where it is of whole clusters */
+		.io_opt = optimal % cluster ? cluster : max(optimal, cluster),
 		.max_hw_sectors = QCOW_MAX_SECTORS,
-		.max_segments = QCOW_MAX_SEGMENTS,
+		.max_segments = dev->max_segments,
 		.max_write_zeroes_sectors = zero ? most : 0,
 		.write_cache = !dev->read_only && !dev->write_through,
 		.stable_writes = qcow_stable_writes(dev->files[1] ?:
 						    dev->files[0]),
 	};
+	/* Requests that are of whole clusters are compressed as a whole. */
+	if (qcow_compression(image))
+		limits->max_hw_sectors = max_t(u32, cluster, SZ_1M) >>
+					 SECTOR_SHIFT;
 	if (zero && dev->discard != QCOW_DISCARD_IGNORE) {
 		limits->discard_granularity = cluster;
 		limits->max_discard_sectors = most;

@@ -14,9 +14,6 @@
 
 #include "qcow.h"
 
-/* Most segments of a request; request.c has room for them. */
-#define QCOW_MAX_SEGMENTS	128
-
 #define QCOW_MAX_HW_QUEUES	16U
 /* Reads have queues of their own: see the gate in request.c. */
 #define QCOW_QUEUE_MAPS		2U
@@ -53,6 +50,7 @@ struct qcow_device_stats {
  * @segments: struct qcow_segment
  * @request_vecs: memory of requests that consist of several bios
  * @segment_vecs: memory of segments with a head or tail
+ * @max_segments: most segments of a request, for which there is room
  * @gate: held by each request that may change the image; dead while it is shut
  * @gate_drained: woken when nobody holds it any more
  * @gate_lock: guards @gate_held
@@ -96,6 +94,7 @@ struct qcow_device {
 	mempool_t segments;
 	mempool_t request_vecs;
 	mempool_t segment_vecs;
+	unsigned int max_segments;
 	struct percpu_ref gate;
 	wait_queue_head_t gate_drained;
 	spinlock_t gate_lock;	/* guards @gate_held */

@@ -22,6 +22,7 @@
 #include <linux/mm.h>
 #include <linux/mount.h>
 #include <linux/sched/mm.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 
 #include <linux/qcow.h>
@@ -232,6 +233,30 @@ u64 qcow_file_size(const struct qcow_file *f)
 bool qcow_file_gone(const struct qcow_file *f)
 {
 	return f->bdev && !qcow_file_size(f);
+}
+
+/**
+ * qcow_file_units - in which units a file is best written
+ * @f: the file
+ * @physical: the least that needs no reading of what is around it, bytes
+ * @optimal: what its disk prefers, bytes; 0 if it does not say
+ *
+ * A network file system calls a block what it transfers at once; so blocks count up
+ * to 4 KiB.
+ */
+void qcow_file_units(const struct qcow_file *f, u32 *physical, u32 *optimal)
+{
+	struct inode *inode = f->file->f_mapping->host;
+	struct block_device *bdev = f->bdev ? I_BDEV(inode) :
+					      inode->i_sb->s_bdev;
+
+	*physical = f->bdev ? 0 : min_t(u32, i_blocksize(inode), SZ_4K);
+	*optimal = 0;
+	if (bdev) {
+		*physical = max_t(u32, *physical,
+				  bdev_physical_block_size(bdev));
+		*optimal = bdev_io_opt(bdev);
+	}
 }
 
 static void qcow_iocb_init(struct kiocb *iocb, struct qcow_file *f, loff_t pos,

@@ -357,6 +357,7 @@ static void qcow_image_free(struct qcow_image *image)
 	qcow_bitmaps_exit(image);
 	xa_destroy(&image->metadata);
 	kvfree(image->known);
+	kvfree(image->filter);
 	mempool_exit(&image->free_pool);
 	kfree(image->bounce);
 	kfree(image->header_scratch);

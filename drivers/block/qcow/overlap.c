@@ -6,8 +6,10 @@
  * table. In a damaged one an L2 entry may, or the allocator, where the count of
  * a table is zero. So before a guest's data goes to a cluster, before a cluster
  * is taken, and before one is freed, it is looked up here. The look-up takes no
- * lock, and its cost does not grow with the image, but for the logarithm of how
- * many tables it has.
+ * lock, and its cost does not grow with the image: a filter, which has a bit for each
+ * value of a hash of the cluster's number, knows nearly all clusters that have no kind.
+ * It is made for as many tables as the disk can have, so that few of its bits are set.
+ * What it lets through, and ranges of many clusters, are searched for.
  *
  * What is known: header, L1 table, refcount table, snapshot table, L1 tables of
  * snapshots and the bitmap directory, from the header; L2 tables and refcount
@@ -19,7 +21,7 @@
  * sorted array of offsets with the kind in the low bits, which takes no more memory
  * than the L1 and the refcount table; all else is in image->metadata, an xarray
  * from host cluster to kind. Only what lies in the file is known: nothing else is
- * ever written.
+ * ever written. Bits of the filter stay set where a table has gone.
  *
  * A cluster has one kind, the first that was found. A table that is written must
  * be of its own kind, so one that lies on top of another one is never written.
@@ -27,6 +29,8 @@
  * The caller of qcow_overlap_add() and qcow_overlap_remove() holds what keeps
  * others from making or freeing that table.
  */
+#include <linux/hash.h>
+#include <linux/log2.h>
 #include <linux/slab.h>
 #include <linux/sort.h>
 
@@ -35,6 +39,13 @@
 /* The low bits of what is in image->known. Offsets of clusters have none. */
 #define QCOW_KNOWN_KIND		0x1ffULL
 #define QCOW_KNOWN_NOTHING	0x1ffULL
+
+/* Bits of the filter for each table, and room for those that are not known yet. */
+#define QCOW_FILTER_BITS	16
+#define QCOW_FILTER_OTHERS	64
+
+/* Searching costs less than so many clusters, one by one. */
+#define QCOW_FILTER_RANGE	16
 
 /* How much of a table attach reads at once. */
 #define QCOW_OVERLAP_STEP	(64U << 10)
@@ -73,6 +84,25 @@ static bool qcow_overlap_range(const struct qcow_image *image, u64 host_offset,
 	return length && length - 1 <= U64_MAX - host_offset && end <= ULONG_MAX;
 }
 
+static void qcow_filter_add(struct qcow_image *image, unsigned long cluster)
+{
+	if (image->filter)
+		set_bit(hash_long(cluster, image->filter_bits), image->filter);
+}
+
+/* Has any of the clusters a kind, as far as the filter can tell? */
+static bool qcow_filter_has(const struct qcow_image *image,
+			    unsigned long cluster, unsigned long last)
+{
+	if (!image->filter || last - cluster >= QCOW_FILTER_RANGE)
+		return true;
+	for (; !test_bit(hash_long(cluster, image->filter_bits),
+			 image->filter); cluster++)
+		if (cluster == last)
+			return false;
+	return true;
+}
+
 /* The first of the known tables that begins at @host_offset or behind it. */
 static size_t qcow_known_from(const struct qcow_image *image, u64 host_offset)
 {
@@ -101,7 +131,8 @@ static int qcow_overlap_find(struct qcow_image *image, u64 host_offset,
 	size_t i;
 	u64 known;
 
-	if (!qcow_overlap_range(image, host_offset, length, &cluster, &last))
+	if (!qcow_overlap_range(image, host_offset, length, &cluster, &last) ||
+	    !qcow_filter_has(image, cluster, last))
 		return -1;
 	entry = xa_find(&image->metadata, &cluster, last, XA_PRESENT);
 	if (entry) {
@@ -143,6 +174,7 @@ void qcow_overlap_add(struct qcow_image *image, enum qcow_metadata kind,
 		while (xa_is_err(old = xa_cmpxchg(&image->metadata, cluster, NULL,
 						  xa_mk_value(kind), GFP_NOIO)))
 			qcow_cache_relieve(image->cache);
+		qcow_filter_add(image, cluster);
 		if (cluster == last)
 			break;
 	}
@@ -356,6 +388,28 @@ static int qcow_overlap_find_known(struct qcow_image *image, u64 l1_bytes,
 	return 0;
 }
 
+/* All that has been found goes into the filter. */
+static int qcow_overlap_make_filter(struct qcow_image *image)
+{
+	unsigned long cluster, tables = image->header.l1_size +
+					image->nr_known + QCOW_FILTER_OTHERS;
+	void *entry;
+	size_t i;
+
+	xa_for_each(&image->metadata, cluster, entry)
+		tables++;
+	image->filter_bits = order_base_2(tables * QCOW_FILTER_BITS);
+	image->filter = kvcalloc(BITS_TO_LONGS(BIT(image->filter_bits)),
+				 sizeof(long), GFP_KERNEL);
+	if (!image->filter)
+		return -ENOMEM;
+	xa_for_each(&image->metadata, cluster, entry)
+		qcow_filter_add(image, cluster);
+	for (i = 0; i < image->nr_known; i++)
+		qcow_filter_add(image, image->known[i] >> image->cluster_bits);
+	return 0;
+}
+
 static int qcow_overlap_add_snapshots(struct qcow_image *image,
 				      struct qcow_message *msg)
 {
@@ -421,8 +475,10 @@ int qcow_overlap_init(struct qcow_image *image, struct qcow_message *msg)
 	if (err)
 		return err;
 	err = qcow_overlap_find_known(image, l1_bytes, reftable_bytes);
-	if (err)
+	if (err) {
 		qcow_message_set(msg, "cannot read its L1 or refcount table: error %d",
 				 -err);
-	return err;
+		return err;
+	}
+	return qcow_overlap_make_filter(image);
 }

@@ -88,12 +88,6 @@ int qcow_pack_init(struct qcow_image *image, u32 compress,
 		qcow_message_set(msg, "is encrypted, and compressed clusters never are");
 		return -EINVAL;
 	}
-	if (cluster_size > QCOW_MAX_PACKED_CLUSTER) {
-		qcow_message_set(msg, "has clusters of %u KiB, and is not written in so large pieces; up to %u KiB can be compressed",
-				 cluster_size >> 10,
-				 QCOW_MAX_PACKED_CLUSTER >> 10);
-		return -EINVAL;
-	}
 	if (!image->refcount_order) {
 		qcow_message_set(msg, "has refcounts of 1 bit, with which compressed clusters cannot share space and save none");
 		return -EINVAL;

@@ -141,6 +141,7 @@ int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 void qcow_file_release(struct qcow_file *f);
 void qcow_fput(struct file *file);
 u64 qcow_file_size(const struct qcow_file *f);
+void qcow_file_units(const struct qcow_file *f, u32 *physical, u32 *optimal);
 bool qcow_file_gone(const struct qcow_file *f);
 void qcow_io_submit(struct qcow_io *io, struct qcow_file *f, loff_t pos,
 		    int iocb_flags);
@@ -454,6 +455,8 @@ struct qcow_image {
 	struct xarray metadata;		/* by host cluster, see overlap.c */
 	u64 *known;			/* tables that attach found, likewise */
 	size_t nr_known;
+	unsigned long *filter;		/* of both, by hash */
+	u32 filter_bits;		/* log2 of its bits */
 	unsigned long nr_unpacked;	/* of it in @cache, unpack->lock */
 
 	spinlock_t lock;		/* see the lock order above */
@@ -1018,9 +1021,6 @@ int qcow_fill_write(struct qcow_image *image, const struct qcow_fill *fill,
 		    u64 host_offset, u64 guest_offset);
 
 /* ---- pack.c: writing compressed clusters --------------------------------- */
-
-/* Any request may be this long, whatever its memory looks like. */
-#define QCOW_MAX_PACKED_CLUSTER	(512U << 10)
 
 int qcow_pack_init(struct qcow_image *image, u32 compress,
 		   struct qcow_message *msg);

@@ -44,6 +44,7 @@
 #include <linux/kthread.h>
 #include <linux/memcontrol.h>
 #include <linux/sched/mm.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 
 #include <linux/qcow.h>
@@ -56,8 +57,10 @@
 /* So many writes at most are not tried without a worker behind one that was in vain. */
 #define QCOW_INLINE_SKIP	7U
 #define QCOW_VECS_POOL_MIN	4
-/* Enough for every request that the limits allow, and its head and tail. */
-#define QCOW_VECS		256
+/* Segments of a request. What is to be compressed is a cluster in one request. */
+#define QCOW_MAX_SEGMENTS	128U
+/* Zero pages before and behind them */
+#define QCOW_FILL_VECS		(QCOW_MERGE_FILL / SZ_4K)
 
 /**
  * struct qcow_segment - one contiguous piece of I/O for a request
@@ -564,13 +567,19 @@ static int qcow_read(struct qcow_request *req, u64 guest_offset, u64 length)
 	return 0;
 }
 
+/* Enough for every request that the limits allow, and its head and tail */
+static unsigned int qcow_vecs(const struct qcow_device *dev)
+{
+	return dev->max_segments + 2 * QCOW_FILL_VECS;
+}
+
 static unsigned int qcow_fill_vecs(const struct qcow_fill *fill,
 				   struct bio_vec *vecs)
 {
 	if (!fill->length)
 		return 0;
 	if (!fill->copy)
-		return qcow_zero_bvecs(vecs, QCOW_VECS, fill->length);
+		return qcow_zero_bvecs(vecs, QCOW_FILL_VECS, fill->length);
 	vecs->bv_page = virt_to_page(fill->copy);
 	vecs->bv_offset = offset_in_page(fill->copy);
 	vecs->bv_len = fill->length;
@@ -587,9 +596,6 @@ static int qcow_segment_gather(struct qcow_segment *seg)
 	struct bio_vec vec;
 	unsigned int n;
 
-	/* Zero pages, and each segment that the limits allow, fit. */
-	BUILD_BUG_ON(2 * (QCOW_MERGE_FILL / 4096) + QCOW_MAX_SEGMENTS >
-		     QCOW_VECS);
 	n = qcow_fill_vecs(&write->head, seg->vecs);
 	rq_for_each_bvec(vec, rq, iter) {
 		if (skip >= vec.bv_len) {
@@ -598,7 +604,7 @@ static int qcow_segment_gather(struct qcow_segment *seg)
 		}
 		if (!left)
 			break;
-		if (n >= QCOW_VECS - QCOW_MERGE_FILL / 4096)
+		if (n >= qcow_vecs(seg->req->dev) - QCOW_FILL_VECS)
 			return -EIO;
 		/* vec itself must not change, the loop advances by it. */
 		seg->vecs[n] = vec;
@@ -661,7 +667,6 @@ static int qcow_write_packed(struct qcow_request *req, u64 guest_offset,
 	struct iov_iter iter;
 	int err;
 
-	BUILD_BUG_ON(QCOW_MAX_SEGMENTS * 4096 < QCOW_MAX_PACKED_CLUSTER);
 	qcow_request_iter(req, &iter, skip, length);
 	err = qcow_pack_write(qcow_request_image(req), guest_offset, &iter);
 	if (!err && qcow_request_fua(req))
@@ -753,7 +758,7 @@ static int qcow_request_map(struct qcow_request *req, gfp_t gfp)
 		req->vecs = rq->bio->bi_io_vec + rq->bio->bi_iter.bi_idx;
 		return 0;
 	}
-	if (n > QCOW_VECS)
+	if (n > qcow_vecs(req->dev))
 		return -EIO;
 	req->offset = 0;
 	req->vecs = mempool_alloc(&req->dev->request_vecs, gfp);
@@ -1088,9 +1093,17 @@ const struct blk_mq_ops qcow_mq_ops = {
  */
 int qcow_requests_init(struct qcow_device *dev)
 {
+	const struct qcow_image *image = dev->chain->layers[0];
+	size_t size;
+
 	init_waitqueue_head(&dev->gate_drained);
 	spin_lock_init(&dev->gate_lock);
 	INIT_LIST_HEAD(&dev->gate_held);
+	dev->max_segments = QCOW_MAX_SEGMENTS;
+	if (qcow_compression(image))
+		dev->max_segments = max(dev->max_segments,
+					qcow_cluster_size(image) / SZ_4K + 1);
+	size = qcow_vecs(dev) * sizeof(struct bio_vec);
 	dev->wq = alloc_workqueue("qcow%d", WQ_UNBOUND | WQ_MEM_RECLAIM, 0,
 				  dev->index);
 	dev->retry_wq = alloc_workqueue("qcow%d-retry",
@@ -1102,9 +1115,9 @@ int qcow_requests_init(struct qcow_device *dev)
 	    mempool_init_kmalloc_pool(&dev->segments, QCOW_SEGMENT_POOL_MIN,
 				      sizeof(struct qcow_segment)) ||
 	    mempool_init_kmalloc_pool(&dev->request_vecs, QCOW_VECS_POOL_MIN,
-				      QCOW_VECS * sizeof(struct bio_vec)) ||
+				      size) ||
 	    mempool_init_kmalloc_pool(&dev->segment_vecs, QCOW_VECS_POOL_MIN,
-				      QCOW_VECS * sizeof(struct bio_vec)))
+				      size))
 		return -ENOMEM;
 	return 0;
 }

@@ -246,6 +246,13 @@ static void check_attach_refusals(void)
 	REFUSED(EINVAL, "a raw image", (void)0);
 	layers[0] = image;
 
+	layers[0].fd = 14;
+	layers[0].data_fd = 15;
+	layers[0].flags = QCOW_LAYER_DATA_FILE;
+	REFUSED(EINVAL, "a raw data file and a backing file", (void)0);
+	say(strstr(message, "excludes a backing file"), "and it says so", message);
+	layers[0] = image;
+
 	/* The reason, cut to the room that there is */
 	layers[1].fd = layers[0].fd;
 	message[0] = '\0';
@@ -433,6 +440,10 @@ int main(int argc, char **argv)
 	dup2(open_or_die(base, O_RDONLY), 12);
 	snprintf(base, sizeof(base), "%s.aes", argv[1]);
 	dup2(open_or_die(base, O_RDONLY), 13);
+	snprintf(base, sizeof(base), "%s.raw-data", argv[1]);
+	dup2(open_or_die(base, O_RDWR), 14);
+	snprintf(base, sizeof(base), "%s.data", argv[1]);
+	dup2(open_or_die(base, O_RDWR), 15);
 
 	check_sizes();
 	check_attach_refusals();
