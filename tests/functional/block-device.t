@@ -167,7 +167,7 @@ else
 fi
 
 # What the disk below prefers reaches who uses the image: a stripe of whole clusters
-# does, and others do not; and a sector of 4 KiB counts, however small the clusters.
+# does, and others do not.
 truncate -s 96M stripes.img
 new_loop stripes.img
 if modprobe -q dm-mod && dmsetup create stripes \
@@ -184,13 +184,22 @@ if modprobe -q dm-mod && dmsetup create stripes \
 else
 	skip "stripes" "no device mapper"
 fi
-truncate -s 16M sectors.img
-new_loop -b 4096 sectors.img
-qemu-img create -q -f qcow2 -o cluster_size=512 "$LOOP" 1M
-attach "$LOOP"
-is "sectors of 4 KiB: the physical ones" \
-	"$(<"/sys/block/${DEV#/dev/}/queue/physical_block_size")" 4096
-detach
+
+# So do sectors of 16 KiB, up to the size of a cluster.
+if modprobe -q scsi_debug dev_size_mb=16 physblk_exp=5 && udevadm settle &&
+	sectors=$(lsblk -pndo NAME,MODEL | sed -n 's/ *scsi_debug *$//p') && [[ -b $sectors ]]; then
+	for row in 512:512 4k:4096 64k:16384; do
+		qemu-img create -q -f qcow2 -o "cluster_size=${row%:*}" "$sectors" 1M
+		attach "$sectors"
+		is "sectors of 16 KiB, clusters of ${row%:*}: the physical ones" \
+			"$(<"/sys/block/${DEV#/dev/}/queue/physical_block_size")" "${row#*:}"
+		detach
+	done
+	udevadm settle
+	modprobe -qr scsi_debug || :
+else
+	skip "sectors of 16 KiB" "no scsi_debug"
+fi
 
 # An export
 if modprobe -q nbd nbds_max=1; then

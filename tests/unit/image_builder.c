@@ -23,8 +23,10 @@
 #include "image_builder.h"
 
 /* The newest kernels have a type for the flags of a mapping. */
-#ifndef EMPTY_VMA_FLAGS
-#define EMPTY_VMA_FLAGS	0
+#ifdef EMPTY_VMA_FLAGS
+#define QCOW_TEST_NORESERVE	mk_vma_flags(VMA_NORESERVE_BIT)
+#else
+#define QCOW_TEST_NORESERVE	VM_NORESERVE
 #endif
 
 #define SECTOR		512U
@@ -1264,7 +1266,7 @@ static int file_init(struct kunit_resource *res, void *context)
 
 	if (!tf)
 		return -ENOMEM;
-	tf->base = shmem_file_setup("qcow-test", 0, EMPTY_VMA_FLAGS);
+	tf->base = shmem_file_setup("qcow-test", 0, QCOW_TEST_NORESERVE);
 	if (IS_ERR(tf->base)) {
 		kfree(tf);
 		return -ENOMEM;

@@ -592,7 +592,7 @@ static void qcow_device_limits(const struct qcow_device *dev,
 	qcow_file_units(qcow_data_file(image), &physical, &optimal);
 
 	*limits = (struct qcow_limits) {
-		.physical_block_size = max(physical, min_t(u32, cluster, SZ_4K)),
+		.physical_block_size = min(cluster, max_t(u32, physical, SZ_4K)),
 		/* The stripe of a disk below, where it is of whole clusters */
 		.io_opt = optimal % cluster ? cluster : max(optimal, cluster),
 		.max_hw_sectors = QCOW_MAX_SECTORS,

@@ -22,7 +22,6 @@
 #include <linux/mm.h>
 #include <linux/mount.h>
 #include <linux/sched/mm.h>
-#include <linux/sizes.h>
 #include <linux/slab.h>
 
 #include <linux/qcow.h>
@@ -239,10 +238,10 @@ bool qcow_file_gone(const struct qcow_file *f)
  * qcow_file_units - in which units a file is best written
  * @f: the file
  * @physical: the least that needs no reading of what is around it, bytes
- * @optimal: what its disk prefers, bytes; 0 if it does not say
+ * @optimal: what its disk prefers, bytes
  *
- * A network file system calls a block what it transfers at once; so blocks count up
- * to 4 KiB.
+ * Either is 0 where nobody says; a network file system calls a block what it transfers
+ * at once.
  */
 void qcow_file_units(const struct qcow_file *f, u32 *physical, u32 *optimal)
 {
@@ -250,13 +249,14 @@ void qcow_file_units(const struct qcow_file *f, u32 *physical, u32 *optimal)
 	struct block_device *bdev = f->bdev ? I_BDEV(inode) :
 					      inode->i_sb->s_bdev;
 
-	*physical = f->bdev ? 0 : min_t(u32, i_blocksize(inode), SZ_4K);
+	*physical = 0;
 	*optimal = 0;
-	if (bdev) {
-		*physical = max_t(u32, *physical,
-				  bdev_physical_block_size(bdev));
-		*optimal = bdev_io_opt(bdev);
-	}
+	if (!bdev)
+		return;
+	*physical = bdev_physical_block_size(bdev);
+	if (!f->bdev)
+		*physical = max_t(u32, *physical, i_blocksize(inode));
+	*optimal = bdev_io_opt(bdev);
 }
 
 static void qcow_iocb_init(struct kiocb *iocb, struct qcow_file *f, loff_t pos,
