@@ -21,6 +21,7 @@
 #include <linux/magic.h>
 #include <linux/mm.h>
 #include <linux/mount.h>
+#include <linux/pagemap.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
 
@@ -83,6 +84,20 @@ static bool qcow_file_has_dsync(const struct file *file)
 	}
 }
 
+/*
+ * What the page cache has of a file that is written directly is of no use, and costs:
+ * each write looks for it there. What others have written is written back first.
+ */
+static int qcow_file_uncache(const struct qcow_file *f)
+{
+	struct address_space *mapping = f->file->f_mapping;
+	int err = filemap_write_and_wait(mapping);
+
+	if (!err)
+		invalidate_inode_pages2(mapping);
+	return err;
+}
+
 /**
  * qcow_file_init - prepare a file that userspace opened
  * @f: to be filled in
@@ -98,7 +113,8 @@ static bool qcow_file_has_dsync(const struct file *file)
  * Return: 0; -EINVAL for something that is neither file nor block device, or
  * that cannot do the I/O asked for; -EBADF if the file is not open for what is
  * needed; -EROFS for a block device that takes no writes; -ETXTBSY if somebody has
- * a file open for writing that must not change.
+ * a file open for writing that must not change; the errno of writing back what the
+ * page cache has of a file that is going to be written directly.
  */
 int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 		   u32 io_mode, struct qcow_message *msg)
@@ -161,6 +177,14 @@ int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 				 file);
 		err = -EINVAL;
 		goto err_file;
+	}
+	if (writable && f->direct) {
+		err = qcow_file_uncache(f);
+		if (err) {
+			qcow_message_set(msg, "cannot write back what the page cache has of %pD",
+					 file);
+			goto err_file;
+		}
 	}
 	if (!writable && !f->bdev) {
 		err = deny_write_access(file);
