@@ -191,6 +191,8 @@ static int qcow_l2_make(struct qcow_image *image, u64 guest_offset)
 
 	spin_lock_irqsave(&image->lock, flags);
 	if (!err) {
+		if (old)
+			qcow_shortcut_clear_locked(image, guest_offset);
 		WRITE_ONCE(((__be64 *)block->data)[index],
 			   cpu_to_be64(new | QCOW_OFLAG_COPIED));
 		qcow_block_dirty_locked(block);

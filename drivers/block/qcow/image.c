@@ -294,7 +294,7 @@ static int qcow_open_qcow2(struct qcow_image *image, const char *snapshot,
 			return err;
 	}
 	image->size = round_down(header->size, QCOW_SECTOR);
-	return qcow_unpack_reserve(image);
+	return qcow_shortcut_init(image) ?: qcow_unpack_reserve(image);
 }
 
 /* What only an image needs that is written. */
@@ -358,6 +358,7 @@ static void qcow_image_free(struct qcow_image *image)
 	xa_destroy(&image->metadata);
 	kvfree(image->known);
 	kvfree(image->filter);
+	kfree(image->shortcuts);
 	mempool_exit(&image->free_pool);
 	kfree(image->bounce);
 	kfree(image->header_scratch);

@@ -246,6 +246,29 @@ int qcow_l1_entry(struct qcow_image *image, u64 guest_offset, u64 *entry)
 }
 
 /**
+ * qcow_l1_entry_cached - an L1 entry, if it is in memory
+ * @image: a qcow2 image
+ * @guest_offset: bytes, inside the L1 table's reach
+ *
+ * Context: image->lock is held, so that it does not change. 64 bits only.
+ *
+ * Return: the entry, not checked; 0 if its block is not in memory.
+ */
+u64 qcow_l1_entry_cached(struct qcow_image *image, u64 guest_offset)
+{
+	struct qcow_block *block;
+	unsigned int index;
+	u64 entry = 0;
+
+	rcu_read_lock();
+	block = qcow_block_peek(image, qcow_l1_locate(image, guest_offset, &index));
+	if (block)
+		entry = be64_to_cpu(((const __be64 *)block->data)[index]);
+	rcu_read_unlock();
+	return entry;
+}
+
+/**
  * qcow_l2_find - where the L2 entry for a guest offset is, or would be
  * @image: a qcow2 image
  * @guest_offset: bytes
@@ -456,12 +479,37 @@ static int qcow_map_block(struct qcow_image *image, struct qcow_block *block,
 	return 0;
 }
 
+/*
+ * The block with the L2 entry for a guest offset, by way of the L1 entry; NULL if there
+ * is no L2 table.
+ */
+static struct qcow_block *qcow_map_table(struct qcow_image *image,
+					 u64 guest_offset, bool cached,
+					 unsigned int *index)
+{
+	struct qcow_block *block;
+	u64 entry;
+	int err;
+
+	err = qcow_l1_lookup(image, guest_offset, cached, &entry);
+	if (err)
+		return ERR_PTR(err);
+	if (!entry)
+		return NULL;
+	block = qcow_table_get(image,
+			       qcow_l2_locate(image, entry, guest_offset, index),
+			       cached);
+	if (!IS_ERR(block))
+		qcow_shortcut_add(image, guest_offset, entry, block);
+	return block;
+}
+
 static int qcow_map_lookup(struct qcow_image *image, u64 guest_offset,
 			   u64 length, bool cached, struct qcow_extent *extent)
 {
 	struct qcow_block *block;
 	unsigned int index;
-	u64 entry, reach;
+	u64 reach;
 	int err;
 
 	extent->image = image;
@@ -481,20 +529,17 @@ static int qcow_map_lookup(struct qcow_image *image, u64 guest_offset,
 		return 0;
 	}
 
-	err = qcow_l1_lookup(image, guest_offset, cached, &entry);
-	if (err)
-		return err;
-	if (!entry) {
+	block = cached ? qcow_shortcut_find(image, guest_offset, &index) : NULL;
+	if (!block)
+		block = qcow_map_table(image, guest_offset, cached, &index);
+	if (IS_ERR(block))
+		return PTR_ERR(block);
+	if (!block) {
 		reach = 1ULL << (image->cluster_bits + image->l2_bits);
 		extent->type = QCOW_EXTENT_UNALLOCATED;
 		extent->length = min(length, reach - (guest_offset & (reach - 1)));
 		return 0;
 	}
-	block = qcow_table_get(image,
-			       qcow_l2_locate(image, entry, guest_offset, &index),
-			       cached);
-	if (IS_ERR(block))
-		return PTR_ERR(block);
 	err = qcow_map_block(image, block, index, guest_offset, length, extent);
 	qcow_table_put(block, cached);
 	extent->length = min(extent->length, length);

@@ -340,6 +340,7 @@ enum {
  * @placed: qcow_block_place() has been here
  * @resolved: it may have resolutions in it (resolve.c); set under image->lock
  * @resolved_from: of the guest clusters from this one on; set before @resolved
+ * @shortcut: its key in image->shortcuts (shortcut.c); written under image->lock
  * @kind: known from the first change on, image->lock
  * @dirty_node: in image->dirty[@kind], guarded by image->lock
  * @writing_node: in the list of the commit that writes it
@@ -363,6 +364,7 @@ struct qcow_block {
 	bool placed;
 	bool resolved;
 	u64 resolved_from;
+	unsigned long shortcut;
 	enum qcow_block_kind kind;
 	struct list_head dirty_node;
 	struct list_head writing_node;
@@ -379,6 +381,7 @@ void qcow_cache_relieve(struct qcow_cache *cache);
 void qcow_cache_put(struct qcow_cache *cache);
 struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset);
 struct qcow_block *qcow_block_peek(struct qcow_image *image, u64 host_offset);
+void qcow_block_used(struct qcow_block *block);
 void qcow_block_put(struct qcow_block *block);
 int qcow_block_place(struct qcow_block *block);
 int qcow_block_prepare(struct qcow_block *block);
@@ -452,6 +455,9 @@ struct qcow_image {
 	struct qcow_cache *cache;
 	struct xarray blocks;		/* by host offset >> block_bits */
 	struct xarray virtual_blocks;	/* likewise */
+	struct qcow_block **shortcuts;	/* L2 blocks by guest offset: shortcut.c */
+	unsigned long shortcut_mask;	/* for places in it */
+	u32 shortcut_shift;		/* log2 of the bytes that a block maps */
 	struct xarray metadata;		/* by host cluster, see overlap.c */
 	u64 *known;			/* tables that attach found, likewise */
 	size_t nr_known;
@@ -892,6 +898,7 @@ void qcow_l2_store_locked(struct qcow_image *image, struct qcow_block *block,
 struct qcow_block *qcow_l1_block(struct qcow_image *image, u64 guest_offset,
 				 unsigned int *index);
 int qcow_l1_entry(struct qcow_image *image, u64 guest_offset, u64 *entry);
+u64 qcow_l1_entry_cached(struct qcow_image *image, u64 guest_offset);
 int qcow_l2_find(struct qcow_image *image, u64 guest_offset, bool cached,
 		 u64 *host_offset, unsigned int *index);
 struct qcow_block *qcow_l2_block(struct qcow_image *image, u64 l1_entry,
@@ -910,6 +917,16 @@ int qcow_map_cached(struct qcow_chain *chain, u64 guest_offset, u64 length,
 		    struct qcow_extent *extent);
 int qcow_chain_read(struct qcow_chain *chain, u64 guest_offset, u64 length,
 		    void *buf);
+
+/* ---- shortcut.c: L2 blocks by guest offset ------------------------------- */
+
+int qcow_shortcut_init(struct qcow_image *image);
+struct qcow_block *qcow_shortcut_find(struct qcow_image *image, u64 guest_offset,
+				      unsigned int *index);
+void qcow_shortcut_forget(struct qcow_block *block);
+void qcow_shortcut_clear_locked(struct qcow_image *image, u64 guest_offset);
+void qcow_shortcut_add(struct qcow_image *image, u64 guest_offset, u64 l1_entry,
+		       struct qcow_block *block);
 
 /* ---- resolve.c: long chains ---------------------------------------------- */
 

@@ -61,7 +61,7 @@ static void qcow_block_free_rcu(struct rcu_head *rcu)
 }
 
 /*
- * The last pin went, and with it every way to find the block. A look-up that
+ * The last pin went, and every way to find the block. A look-up that
  * found it before may still try to pin it, so the pool, which may hand it out
  * again at once, gets it only when all of those are over.
  */
@@ -81,8 +81,10 @@ static void qcow_block_release(struct qcow_block *block)
  */
 void qcow_block_put(struct qcow_block *block)
 {
-	if (refcount_dec_and_test(&block->pins))
-		qcow_block_release(block);
+	if (!refcount_dec_and_test(&block->pins))
+		return;
+	qcow_shortcut_forget(block);
+	qcow_block_release(block);
 }
 
 static struct xarray *qcow_block_tree(struct qcow_image *image, u64 host_offset)
@@ -149,6 +151,7 @@ static unsigned long qcow_cache_evict(struct qcow_cache *cache,
 		xa_cmpxchg(qcow_block_tree(block->image, block->host_offset),
 			   qcow_block_index(block->image, block->host_offset),
 			   block, NULL, 0);
+		qcow_shortcut_forget(block);
 		list_move_tail(&block->lru, &victims);
 		cache->count -= QCOW_BLOCK_SIZE;
 		done++;
@@ -288,7 +291,13 @@ static struct qcow_block *qcow_block_lookup(struct qcow_image *image,
 	return block;
 }
 
-static void qcow_block_used(struct qcow_block *block)
+/**
+ * qcow_block_used - a block has been found
+ * @block: the block
+ *
+ * Context: any.
+ */
+void qcow_block_used(struct qcow_block *block)
 {
 	if (!test_bit(QCOW_BLOCK_REFERENCED, &block->state))
 		set_bit(QCOW_BLOCK_REFERENCED, &block->state);
@@ -388,6 +397,7 @@ struct qcow_block *qcow_block_get(struct qcow_image *image, u64 host_offset)
 	block->written = false;
 	block->placed = false;
 	block->resolved = false;
+	block->shortcut = 0;
 	block->kind = QCOW_BLOCK_KINDS;
 	INIT_LIST_HEAD(&block->dirty_node);
 	INIT_LIST_HEAD(&block->writing_node);
