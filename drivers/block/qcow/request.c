@@ -76,7 +76,8 @@
  * @descriptor: the L2 entry of a compressed cluster
  * @epoch: from qcow_image_enter()
  * @write: the change of the mapping that waits for this I/O
- * @vecs: head, data and tail, for a segment with @mapping
+ * @vecs: head, data and tail, for a segment with @mapping that has a head or tail;
+ *	or NULL
  * @nr_vecs: how many
  * @retry: does it again; decompresses or decrypts it
  */
@@ -263,7 +264,7 @@ static void qcow_request_zero(struct qcow_request *req, u64 skip, u64 length)
 
 static void qcow_segment_iter(struct qcow_segment *seg)
 {
-	if (seg->mapping)
+	if (seg->vecs)
 		iov_iter_bvec(&seg->io.iter, ITER_SOURCE, seg->vecs,
 			      seg->nr_vecs, seg->length);
 	else
@@ -292,7 +293,8 @@ static void qcow_segment_end(struct qcow_segment *seg, int err)
 				"durable write failed with error %d", err);
 	if (seg->mapping) {
 		qcow_write_end(&seg->write, err);
-		mempool_free(seg->vecs, &req->dev->segment_vecs);
+		if (seg->vecs)
+			mempool_free(seg->vecs, &req->dev->segment_vecs);
 	} else {
 		qcow_image_exit(qcow_request_image(req), seg->epoch);
 	}
@@ -480,6 +482,7 @@ static void qcow_segment_init(struct qcow_segment *seg,
 	seg->skip = skip;
 	seg->iocb_flags = 0;
 	seg->mapping = false;
+	seg->vecs = NULL;
 }
 
 static struct qcow_segment *qcow_segment_alloc(struct qcow_request *req,
@@ -596,6 +599,7 @@ static int qcow_segment_gather(struct qcow_segment *seg)
 	struct bio_vec vec;
 	unsigned int n;
 
+	seg->vecs = mempool_alloc(&seg->req->dev->segment_vecs, GFP_NOIO);
 	n = qcow_fill_vecs(&write->head, seg->vecs);
 	rq_for_each_bvec(vec, rq, iter) {
 		if (skip >= vec.bv_len) {
@@ -630,13 +634,13 @@ static int qcow_write_mapping(struct qcow_segment *seg, u64 guest_offset,
 	if (err)
 		return err;
 	seg->mapping = true;
-	seg->vecs = mempool_alloc(&req->dev->segment_vecs, GFP_NOIO);
 	seg->image = write->image;
 	seg->file = qcow_data_file(write->image);
 	seg->pos = write->host_offset + write->data_offset - write->head.length;
 	seg->length = write->head.length + write->length + write->tail.length;
 	*done = write->length;
-	err = qcow_segment_gather(seg);
+	if (write->head.length || write->tail.length)
+		err = qcow_segment_gather(seg);
 	if (err) {
 		qcow_write_end(write, err);
 		mempool_free(seg->vecs, &req->dev->segment_vecs);
