@@ -84,20 +84,6 @@ static bool qcow_file_has_dsync(const struct file *file)
 	}
 }
 
-/*
- * What the page cache has of a file that is written directly is of no use, and costs:
- * each write looks for it there. What others have written is written back first.
- */
-static int qcow_file_uncache(const struct qcow_file *f)
-{
-	struct address_space *mapping = f->file->f_mapping;
-	int err = filemap_write_and_wait(mapping);
-
-	if (!err)
-		invalidate_inode_pages2(mapping);
-	return err;
-}
-
 /**
  * qcow_file_init - prepare a file that userspace opened
  * @f: to be filled in
@@ -113,8 +99,7 @@ static int qcow_file_uncache(const struct qcow_file *f)
  * Return: 0; -EINVAL for something that is neither file nor block device, or
  * that cannot do the I/O asked for; -EBADF if the file is not open for what is
  * needed; -EROFS for a block device that takes no writes; -ETXTBSY if somebody has
- * a file open for writing that must not change; the errno of writing back what the
- * page cache has of a file that is going to be written directly.
+ * a file open for writing that must not change.
  */
 int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 		   u32 io_mode, struct qcow_message *msg)
@@ -178,14 +163,6 @@ int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 		err = -EINVAL;
 		goto err_file;
 	}
-	if (writable && f->direct) {
-		err = qcow_file_uncache(f);
-		if (err) {
-			qcow_message_set(msg, "cannot write back what the page cache has of %pD",
-					 file);
-			goto err_file;
-		}
-	}
 	if (!writable && !f->bdev) {
 		err = deny_write_access(file);
 		if (err) {
@@ -231,6 +208,33 @@ void qcow_file_release(struct qcow_file *f)
 		allow_write_access(f->file);
 	qcow_fput(f->file);
 	f->file = NULL;
+}
+
+/**
+ * qcow_file_uncache - a file is going to be written
+ * @f: the file; may be unused
+ * @msg: where to say what is wrong
+ *
+ * What the page cache has of a file that is written directly is of no use, and costs:
+ * each write looks for it there. What others have written is written back first.
+ *
+ * Context: may sleep for long.
+ *
+ * Return: 0, or the errno of writing it back.
+ */
+int qcow_file_uncache(struct qcow_file *f, struct qcow_message *msg)
+{
+	int err;
+
+	if (!f->file || !f->direct)
+		return 0;
+	err = filemap_write_and_wait(f->file->f_mapping);
+	if (err)
+		qcow_message_set(msg, "what others have written to %pD could not be written back: error %d",
+				 f->file, -err);
+	else
+		invalidate_inode_pages2(f->file->f_mapping);
+	return err;
 }
 
 /**

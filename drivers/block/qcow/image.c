@@ -600,7 +600,9 @@ int qcow_image_begin(struct qcow_image *image, struct qcow_message *msg)
 {
 	if (!image->writable)
 		return 0;
-	return qcow_image_extend_data(image, msg) ?:
+	return qcow_file_uncache(&image->file, msg) ?:
+	       qcow_file_uncache(&image->data, msg) ?:
+	       qcow_image_extend_data(image, msg) ?:
 	       qcow_image_clear_autoclear(image) ?: qcow_bitmaps_mark(image);
 }
 

@@ -140,6 +140,7 @@ int qcow_file_init(struct qcow_file *f, struct file *file, bool writable,
 		   u32 io_mode, struct qcow_message *msg);
 void qcow_file_release(struct qcow_file *f);
 void qcow_fput(struct file *file);
+int qcow_file_uncache(struct qcow_file *f, struct qcow_message *msg);
 u64 qcow_file_size(const struct qcow_file *f);
 void qcow_file_units(const struct qcow_file *f, u32 *physical, u32 *optimal);
 bool qcow_file_gone(const struct qcow_file *f);

@@ -10,9 +10,11 @@
  *  - What is found is what the L1 entry leads to at that moment: a block is put there
  *    under image->lock, if the L1 entry in the cache leads to it, and who changes an
  *    entry that leads somewhere empties its places under the same lock.
+ *  - What is found is what the xarray has: with the last pin a block is taken out here
+ *    first, so that nobody reads it again as long as it can be found. (One that is
+ *    dropped while others have pins is of a table that no L1 entry leads to.)
  *  - What is found stays in memory as long as the RCU read section: who puts a block
- *    there has a pin, and with the last pin it is taken out, before its memory is given
- *    back.
+ *    there has a pin, and it is taken out before its memory is given back.
  *  - A block is in one place at most, that of its key, so that is where to take it out.
  *    (Two entries of a damaged L1 table may lead to one block.)
  *  - A block stays where it is until then. There are places for all blocks of a disk,

@@ -147,11 +147,13 @@ static unsigned long qcow_cache_evict(struct qcow_cache *cache,
 		/* From one to none: nobody uses it, and nobody can any more. */
 		if (!refcount_dec_if_one(&block->pins))
 			continue;
+		/* What was done with the last of the other pins comes before. */
+		smp_acquire__after_ctrl_dep();
 		/* While the list has the block, its image exists. */
+		qcow_shortcut_forget(block);
 		xa_cmpxchg(qcow_block_tree(block->image, block->host_offset),
 			   qcow_block_index(block->image, block->host_offset),
 			   block, NULL, 0);
-		qcow_shortcut_forget(block);
 		list_move_tail(&block->lru, &victims);
 		cache->count -= QCOW_BLOCK_SIZE;
 		done++;
