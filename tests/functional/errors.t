@@ -166,7 +166,7 @@ else
 fi
 # What cannot be written cannot be frozen either, and does not stay so.
 if attach /dev/mapper/faulty; then
-	for storage in fails works; do
+	for storage in "fails error_writes" works; do
 		$storage
 		"$QCOWCTL" check "$DEV" >"$WORK/.out" 2>"$WORK/.err"
 		is "a check while storage $storage, behind a flush that failed: its exit code" $? 1

@@ -140,7 +140,7 @@ refused "more entries than there are" 5 'no snapshot' --snapshot=x bad.qcow2
 
 # A write to the disk, attached meanwhile, does not show.
 attach size.qcow2
-ok "the disk beside a snapshot" qcow-diff --quiet --seed 7 --ops 500 "$DEV"
+ok "the disk beside it" qcow-diff --quiet --seed 7 --ops 500 "$DEV"
 detach
 shows "after writes to the disk" size.qcow2 small small.raw
 ok "the image is clean" is_clean size.qcow2
@@ -160,6 +160,20 @@ copied() {
 		fi
 	done
 }
+qemu-img create -q -f qcow2 shared.qcow2 4M
+qemu-io -f qcow2 -c 'write -q -P 1 0 1M' shared.qcow2
+qemu-img snapshot -c old shared.qcow2
+qemu-img convert -f qcow2 -O raw shared.qcow2 old.raw
+attach shared.qcow2
+# The tables are known before they are copied.
+ok "the disk that shares all: read" dd if="$DEV" of=/dev/null bs=64k count=1 iflag=direct status=none
+ok "the disk that shares all" qcow-diff --quiet --seed 9 --ops 300 --max-io 128k \
+	--mirror-in old.raw --mirror-out mirror.raw "$DEV"
+detach
+check_clean shared.qcow2 "a snapshot that shares all"
+same mirror.raw raw shared.qcow2 qcow2 "beside a snapshot that shares all"
+shows "that shares all, after writes to the disk" shared.qcow2 old old.raw
+
 qemu-img create -q -f qcow2 flags.qcow2 4M
 qemu-io -f qcow2 -c 'write -q -P 1 0 1M' -c 'write -q -z 512k 64k' flags.qcow2
 qemu-img snapshot -c old flags.qcow2
