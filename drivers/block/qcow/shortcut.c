@@ -4,8 +4,8 @@
  * neither the L1 table nor an xarray.
  *
  * The key of a block says for which guest offsets it is, and the low bits of the key, in
- * which place of image->shortcuts it may be. Who looks takes no lock, and is in an RCU read
- * section.
+ * which place of image->shortcuts it may be. Who looks takes no lock, and is in an RCU
+ * read section.
  *
  *  - What is found is what the L1 entry leads to at that moment: a block is put there
  *    under image->lock, if the L1 entry in the cache leads to it, and who changes an
@@ -30,7 +30,7 @@
 #include "qcow.h"
 
 /* A page of them, so that a long chain does not take much. */
-#define QCOW_SHORTCUTS_MAX		512UL
+#define QCOW_SHORTCUTS_MAX	512UL
 
 static unsigned long qcow_shortcut_key(const struct qcow_image *image,
 				       u64 guest_offset)
@@ -57,7 +57,7 @@ int qcow_shortcut_init(struct qcow_image *image)
 	if (BITS_PER_LONG < 64)
 		return 0;
 	image->shortcut_shift = image->cluster_bits +
-			      ilog2(qcow_l2_per_block(image));
+				ilog2(qcow_l2_per_block(image));
 	n = min(qcow_shortcut_key(image, image->size) + 1, QCOW_SHORTCUTS_MAX);
 	n = roundup_pow_of_two(n);
 	image->shortcut_mask = n - 1;
