@@ -70,6 +70,25 @@ ok "what was written is there" xfs_io -d -c 'pread -v 0 256k' "$DEV"
 is "and nothing else" "$("${direct[@]}" -c 'pread -v 0 256k' "$DEV" | sed -n \
 	's/^[0-9a-f]*:  \(..\) .*/\1/p' | uniq -c | awk '{ print $2 $1 }' | xargs)" \
 	"01256 02512 013072 036400 012048 004096"
+# The debug kernel counts how often each lock is taken. What each request enters is SRCU
+# (the epoch) and per CPU (the gate), and no lock that others take, too.
+if [[ -e /proc/lock_stat ]]; then
+	before=$(($(count inlined)))
+	echo 0 >/proc/lock_stat
+	echo 1 >/proc/sys/kernel/lock_stat
+	ok "requests of two at a time" fio --name=two --filename="$DEV" --rw=randrw --bs=4k \
+		--direct=1 --ioengine=io_uring --iodepth=4 --numjobs=2 --size=128k --norandommap \
+		--io_size=4M --output=/dev/null
+	echo 0 >/proc/sys/kernel/lock_stat
+	requests=$(($(count inlined) - before))
+	ok "most of them without a worker ($requests)" test "$requests" -gt 1500
+	# name: contended twice, waiting times four, bounces, how often
+	sed -n 's/^ *\(&\(image\|cache\|unpack\|dev\)->[a-z_]*\(lock\|mutex\)\):/\1/p' \
+		/proc/lock_stat | awk '{ print $9, $1 }' | sort -rn >locks
+	most=$(awk 'NR == 1 { print $1 }' locks)
+	ok "no lock of the driver is taken by each" test "${most:-0}" -lt $((requests / 10)) ||
+		diag "$(head -n 5 locks)"
+fi
 queue=/sys/block/${DEV#/dev/}/queue/scheduler
 modprobe -q mq-deadline
 if grep -qw mq-deadline "$queue"; then
