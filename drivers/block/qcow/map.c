@@ -250,7 +250,7 @@ int qcow_l1_entry(struct qcow_image *image, u64 guest_offset, u64 *entry)
  * @image: a qcow2 image
  * @guest_offset: bytes, inside the L1 table's reach
  *
- * Context: image->lock is held, so that it does not change. 64 bits only.
+ * Context: image->lock is held, so that it does not change.
  *
  * Return: the entry, not checked; 0 if its block is not in memory.
  */

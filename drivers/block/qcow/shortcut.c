@@ -20,8 +20,7 @@
  *  - A block stays where it is until then. There are places for all blocks of a disk,
  *    up to QCOW_SHORTCUTS_MAX; where there are more, others do without.
  *
- * A long has to have room for a key, and an L1 entry to be loaded in one piece: where
- * it is 32 bits, there are no places.
+ * A long has to have room for a key: where it is 32 bits, there are no places.
  */
 #include <linux/log2.h>
 #include <linux/rcupdate.h>
