@@ -801,6 +801,32 @@ static bool do_state(uint64_t k, size_t which, const char *way)
 }
 
 /*
+ * Where the image begins where the storage does, an epoch that has its header in it
+ * gets one more state: nothing but the header has arrived. It leads to new tables, and
+ * is written so rarely that chance does not meet that.
+ */
+static uint64_t do_header(uint64_t k, size_t which)
+{
+	const struct epoch *e = &epochs[which];
+	bool any = false;
+	size_t i;
+
+	if (opt.file)
+		return 0;
+	make_boundary(e);
+	for (i = e->first; i < e->flush; i++) {
+		if (entries[i].length && !entries[i].offset) {
+			apply(state, &entries[i]);
+			any = true;
+		}
+	}
+	if (any)
+		return do_state(k, which, "only the header");
+	undo(e);
+	return 0;
+}
+
+/*
  * Of each epoch: states within a FUA write, the state at the flush before it, subsets
  * of it. Each has the same share, and what others left of theirs.
  */
@@ -840,6 +866,7 @@ static void run_states(size_t *boundaries, uint64_t *within, size_t *skipped)
 		make_boundary(e);
 		k += do_state(k, which, "nothing after the flush");
 		++*boundaries;
+		k += do_header(k, which);
 		for (tries = 4 * due; distinct < share && tries; tries--) {
 			const char *way;
 

@@ -240,6 +240,7 @@ ok "write here and there" xfs_io -d -c 'pwrite -q 0 4k' -c 'pwrite -q 100M 4k' -
 dd if=/dev/zero of=small/filler bs=64k status=none 2>/dev/null
 try_detach
 is "no room for the bits: detach says so" $? 1
+forget "$DEV"
 like "and what" "$(<"$WORK/.err")" 'not everything could be written'
 umount small
 mount "$LOOP" small

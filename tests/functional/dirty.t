@@ -176,6 +176,16 @@ for ((tries = 0; tries < 300; tries++)); do
 	sleep 0.2
 done
 ok "until it ends" test $tries -lt 300
+# What is repaired is what is locked, whoever has got its name meanwhile.
+stale moved.qcow2
+mkdir moving
+printf '%s\n' '#!/bin/sh' "cd '$PWD' && mv moved.qcow2 moved-away.qcow2 && echo other >moved.qcow2" \
+	"exec '$(command -v qemu-img)' \"\$@\"" >moving/qemu-img
+chmod +x moving/qemu-img
+ok "check --repair of an image that is moved" \
+	env PATH="$PWD/moving:$PATH" "$(command -v "$QCOWCTL")" check --repair moved.qcow2
+is "the other one is left alone" "$(<moved.qcow2)" other
+check_clean moved-away.qcow2
 put_bytes locked.qcow2 79 03
 before=$(cksum <locked.qcow2)
 refused "damage is not repaired unasked" 3 'marked corrupt' attach locked.qcow2

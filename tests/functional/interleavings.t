@@ -595,8 +595,32 @@ cleared() {
 	HOW=()
 }
 
+# --- An L1 entry without COPIED, where it should be, and a write in place below it
+
+without_flag() {
+	local l1
+
+	CASE="an L1 entry that lacks its flag"
+	rm -f image.qcow2*
+	qemu-img create -q -f qcow2 -o cluster_size=64k "$IMAGE" "$SIZE"
+	qemu-io -f qcow2 -c 'write -q -P 0x41 0 64k' "$IMAGE"
+	l1=$((0x$(od -An -v -tx1 -j 40 -N 8 "$IMAGE" | tr -d ' ')))
+	is "$CASE: it had it" "$(od -An -v -tx1 -j "$l1" -N 1 "$IMAGE")" " 80"
+	put_bytes "$IMAGE" "$l1" 00
+	attach "$IMAGE"
+	hold overwrite
+	begin write 51 0 4k
+	held overwrite
+	# This needs the table for itself.
+	passes write 61 512k 4k
+	passes write 71 8k 4k
+	release overwrite
+	finish
+	over '51:4k 41:4k 71:4k 41:52k 00:448k 61:4k 00:508k'
+}
+
 for part in ${QCOW_CASES:-in_use freed_and allocating copies tables refcounts flushes
-	compressed cleared}; do
+	compressed cleared without_flag}; do
 	"$part"
 done
 no_kernel_report

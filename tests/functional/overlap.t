@@ -91,6 +91,17 @@ stopped "L2 table to be copied at the refcount table" 'L2 table at .* lies on to
 stopped "L2 table to be copied at the L1 table" 'L2 table at .* lies on top of L1 table' \
 	'pwrite -q 600M 64k' $((0x30008)) 0000000000030000
 
+# A guest's data would be believed to be a table there.
+stopped "new cluster behind the end, at an L2 table" 'L2 table at' 'pwrite -q 8M 64k' \
+	$((0x30008)) 8000000000070000
+# Counts without end would take as little space as one block of them.
+cp good.qcow2 bad.qcow2
+put_bytes bad.qcow2 $((0x10008)) 0000000000020000
+not_ok "two entries that lead to one refcount block" try_attach "$PWD/bad.qcow2"
+like "that is said" "$(<"$WORK/.err")" 'two entries of its refcount table lead to the same'
+ok "it is attached for reading" try_attach --read-only "$PWD/bad.qcow2"
+detach
+
 # Behind the end of the file there is nothing, however long the driver makes it: what
 # it cuts off again at detach does not count.
 stopped "an L2 table behind the end, read" 'L2 table for .* behind the end of the file' \

@@ -95,6 +95,20 @@ mv data.raw dir
 ok "a relative data file is looked for beside the image" \
 	"$QCOWCTL" attach -n 11 dir/ext.qcow2
 ok "detach it by number" "$QCOWCTL" detach 11
+qemu-img create -q -f qcow2 -o data_file="$WORK/dir/../elsewhere.raw" dir/far.qcow2 1M
+truncate -s 100 elsewhere.raw
+refused "a data file in another directory, for writing" 3 \
+	"dir/far.qcow2: its header would have .*elsewhere.raw written, .* use --data-file .*elsewhere.raw" \
+	attach dir/far.qcow2
+qemu-img create -q -f qcow2 -o data_file=beside.raw dir/link.qcow2 1M
+ln -s ../elsewhere.raw dir/beside.raw
+refused "one that a link leads to" 3 "would have dir/beside.raw written" attach dir/link.qcow2
+is "it is left alone" "$(stat -c %s elsewhere.raw)" 100
+ok "which may be read" "$QCOWCTL" attach -n 11 --read-only dir/far.qcow2
+ok "detach it" "$QCOWCTL" detach 11
+ok "and written, if that is asked for" \
+	"$QCOWCTL" attach -n 11 --data-file=elsewhere.raw dir/far.qcow2
+ok "detach it again" "$QCOWCTL" detach 11
 refused "a data file that is not wanted" 3 "has its data in itself; leave out --data-file" \
 	attach --data-file=dir/data.raw dir/top.qcow2
 DEV=/dev/qcow9

@@ -461,6 +461,12 @@ release
 is "check without qemu-img" "$(PATH=$WORK "$program" check ok.qcow2 2>&1; echo $?)" \
 	"qcowctl: ok.qcow2: cannot run qemu-img, which checks images; install qemu-utils
 1"
+mkdir not-to-run
+touch not-to-run/qemu-img
+is "check with a qemu-img that cannot be run" \
+	"$(PATH=$WORK/not-to-run "$program" check ok.qcow2 2>&1; echo $?)" \
+	"qcowctl: ok.qcow2: cannot run qemu-img, which checks images; install qemu-utils
+1"
 is "info on a file without qemu-img" \
 	"$(PATH=$WORK "$program" info ok.qcow2 2>&1; echo $?)" \
 	"qcowctl: ok.qcow2: cannot run qemu-img, which reads files: No such file or directory; install qemu-utils

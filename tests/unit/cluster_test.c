@@ -483,6 +483,27 @@ static void a_snapshot_is_not_written(struct kunit *test)
 		expect_snapshot(before, after, i * cs);
 }
 
+/* Some programs leave the flag out. The table is ours all the same. */
+static void a_table_that_lacks_the_flag_is_not_copied(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .size = SZ_1M };
+	struct qcow_test_disk *before = qcow_test_disk_create(test, &spec);
+	struct qcow_test_disk *after;
+	struct guest *guest;
+	u64 entry, l1;
+
+	qcow_test_disk_add_data(before, 0, SEED_IMAGE);
+	entry = qcow_test_disk_entry(before, 0);
+	l1 = qcow_test_disk_l1_entry(before, 0);
+	qcow_test_disk_set_l1_entry(before, 0, l1 & ~COPIED);
+	guest = guest_create(before, spec.size, 0);
+	guest_write(guest, SZ_512K, SZ_4K, SEED_WRITE);
+	guest_write(guest, SZ_4K, SZ_4K, SEED_WRITE + 1);
+	after = guest_ends(guest);
+	KUNIT_EXPECT_EQ(test, qcow_test_disk_l1_entry(after, 0), l1);
+	KUNIT_EXPECT_EQ(test, qcow_test_disk_entry(after, 0), entry);
+}
+
 static void a_shared_zero_cluster_is_not_written(struct kunit *test)
 {
 	struct qcow_test_spec spec = { .size = SZ_1M };
@@ -1588,6 +1609,7 @@ static struct kunit_case cluster_test_cases[] = {
 	KUNIT_CASE(overwrites_stay_in_place),
 	KUNIT_CASE(sequential_writes_are_contiguous),
 	KUNIT_CASE_PARAM(a_snapshot_is_not_written, cluster_size_gen_params),
+	KUNIT_CASE(a_table_that_lacks_the_flag_is_not_copied),
 	KUNIT_CASE(a_shared_zero_cluster_is_not_written),
 	KUNIT_CASE(a_zero_cluster_with_a_place_shows_no_old_data),
 	KUNIT_CASE_PARAM(subclusters_are_told_apart, subcluster_gen_params),

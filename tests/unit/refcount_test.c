@@ -623,6 +623,45 @@ static void after_a_failed_barrier_nothing_is_allocated(struct kunit *test)
 	KUNIT_EXPECT_NE(test, qcow_image_error(image), 0);
 }
 
+/* Also where what was taken ends just where the next block begins. */
+static void refcount_blocks_are_made_in_a_row(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .cluster_bits = 9, .size = SZ_64K };
+	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
+	struct qcow_test_file *tf = qcow_test_file_create(disk);
+	struct qcow_image *image = qcow_test_image_open(tf, true);
+	u64 cluster, got, count;
+
+	do {
+		KUNIT_ASSERT_EQ(test, alloc(test, image, 256, &cluster, &got), 0);
+	} while (cluster + got < 256);
+	KUNIT_ASSERT_EQ(test, cluster + got, 256);
+	/* It counts itself, and lies where what it counts begins. */
+	KUNIT_ASSERT_EQ(test, qcow_refcount_get(image, 256, &count), 0);
+	KUNIT_EXPECT_EQ(test, count, 1);
+	KUNIT_ASSERT_EQ(test, qcow_commit(image), 0);
+	expect_leaks(qcow_test_close_and_load(tf, image), 256 - (disk->size >> 9));
+}
+
+/* What was in flight when a block was made need not have its entry. */
+static void a_commit_that_began_before_makes_no_block_reachable(struct kunit *test)
+{
+	struct qcow_test_spec spec = { .cluster_bits = 9, .size = SZ_64K };
+	struct qcow_test_disk *disk = qcow_test_disk_create(test, &spec);
+	struct qcow_test_file *tf = qcow_test_file_create(disk);
+	struct qcow_image *image = qcow_test_image_open(tf, true);
+	u64 cluster, got;
+
+	KUNIT_ASSERT_EQ(test, alloc(test, image, 1, &cluster, &got), 0);
+	KUNIT_ASSERT_EQ(test, image->pending_first, 1);
+	KUNIT_ASSERT_GT(test, image->pending_end, 1);
+	image->pending_ticket++;
+	KUNIT_ASSERT_EQ(test, qcow_commit(image), 0);
+	KUNIT_EXPECT_EQ(test, image->pending_first, 1);
+	KUNIT_ASSERT_EQ(test, qcow_commit(image), 0);
+	KUNIT_EXPECT_EQ(test, image->pending_first, image->pending_end);
+}
+
 /*
  * The allocator is sent to the end of what the refcount table covers, as getting
  * there would take 32 GiB. The last growth may add little to the table.
@@ -744,6 +783,8 @@ static struct kunit_case refcount_test_cases[] = {
 	KUNIT_CASE(the_cluster_of_the_header_is_not_handed_out),
 	KUNIT_CASE(a_read_error_is_told_and_harmless),
 	KUNIT_CASE(after_a_failed_barrier_nothing_is_allocated),
+	KUNIT_CASE(refcount_blocks_are_made_in_a_row),
+	KUNIT_CASE(a_commit_that_began_before_makes_no_block_reachable),
 	KUNIT_CASE(the_table_grows_to_its_limit_and_not_beyond),
 	KUNIT_CASE(what_is_counted_far_behind_the_end_is_damage),
 	KUNIT_CASE(nothing_is_taken_where_no_entry_reaches),

@@ -135,19 +135,20 @@ static int open_failed(const struct chain *chain, const char *path, bool write,
 static int open_file(struct chain *chain, const char *path, bool write,
 		     const char *what, int *fd)
 {
-	int flags = write ? O_RDWR : O_RDONLY;
+	/* It may have become a FIFO, which would have us wait. */
+	int flags = (write ? O_RDWR : O_RDONLY) | O_NONBLOCK;
 	struct chain_file *files = chain->files;
 	unsigned int i, count = chain->file_count;
+	struct stat seen, st;
 	int read_only = 0;
-	struct stat st;
 
-	/* Look first: opening a FIFO would wait, opening a tape would wind it. */
-	if (stat(path, &st))
+	/* Look first: opening a tape would wind it. */
+	if (stat(path, &seen))
 		return open_failed(chain, path, false, what);
-	if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
+	if (!S_ISREG(seen.st_mode) && !S_ISBLK(seen.st_mode))
 		return fail(EXIT_REFUSED, "%s: neither a file nor a block device; name an image",
 			    path);
-	if (write && S_ISBLK(st.st_mode))
+	if (write && S_ISBLK(seen.st_mode))
 		flags |= O_EXCL;
 	*fd = open(path, flags);
 	/* Linux opens devices for writing that cannot be written. */
@@ -162,10 +163,12 @@ static int open_file(struct chain *chain, const char *path, bool write,
 		     path);
 		chain->read_only = true;
 		write = false;
-		*fd = open(path, O_RDONLY);
+		*fd = open(path, O_RDONLY | O_NONBLOCK);
 	}
-	if (*fd < 0 || fstat(*fd, &st))
+	if (*fd < 0 || fstat(*fd, &st) || fcntl(*fd, F_SETFL, 0))
 		return open_failed(chain, path, write, what);
+	if ((st.st_mode & S_IFMT) != (seen.st_mode & S_IFMT) || !same_file(&st, &seen))
+		return fail(EXIT_BUSY, "%s: another file has just got this name; try again", path);
 
 	/* Before locking: our own locks on the file would be in the way. */
 	for (i = 0; i < count; i++) {
@@ -180,14 +183,28 @@ static int open_file(struct chain *chain, const char *path, bool write,
 	return lock_image(*fd, path, write);
 }
 
-/* Open the data file of the last image, where @given or its header says it is. */
+/* Is the open file in the directory of the image, or below that? */
+static bool is_beside(const char *image, int fd)
+{
+	autofree char *link = xasprintf("/proc/self/fd/%d", fd);
+	autofree char *path = realpath(link, NULL), *whole = realpath(image, NULL);
+	struct stat st;
+
+	return path && whole && !fstat(fd, &st) && S_ISREG(st.st_mode) &&
+	       !strncmp(path, whole, strrchr(whole, '/') + 1 - whole);
+}
+
+/*
+ * Open the data file of the last image, where @given or its header says it is. Whoever
+ * made the header must not have us write just anywhere.
+ */
 static int open_data_file(struct chain *chain, const struct header *header,
 			  const char *given, bool write)
 {
 	struct qcow_layer *layer = &chain->layers[chain->layer_count - 1];
 	autofree char *whose = xasprintf("%s: its data file", chain->image);
 	bool has = header->incompatible & INCOMPAT_DATA_FILE;
-	int format, ret = EXIT_OK;
+	int format = 0, ret = EXIT_OK;
 	char *path;
 
 	if (given && !has)
@@ -200,8 +217,17 @@ static int open_data_file(struct chain *chain, const struct header *header,
 			    chain->image);
 	if (!given)
 		ret = backing_resolve(chain->image, whose, header->data_name, &path, &format);
+	if (!ret && !given && format == QCOW_FORMAT_QCOW2)
+		return format_refused(whose, "qcow2");
 	layer->flags |= QCOW_LAYER_DATA_FILE;
-	return ret ?: open_file(chain, given ?: path, write, "data file", &layer->data_fd);
+	ret = ret ?: open_file(chain, given ?: path, write, "data file", &layer->data_fd);
+	if (!ret && write && !given && !is_beside(chain->image, layer->data_fd)) {
+		autofree char *word = shell_quote(path);
+
+		return fail(EXIT_REFUSED, "%s: its header would have %s written, which is not in its directory; if that is right, use --data-file %s",
+			    chain->image, path, word);
+	}
+	return ret;
 }
 
 /* Say that no header names the format of the backing file @fd, and what would. */

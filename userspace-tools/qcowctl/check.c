@@ -25,8 +25,9 @@ enum { CHECK_CLEAN = 0, CHECK_ERRORS = 2, CHECK_LEAKS = 3 };
 /* What timeout(1) exits with, and programs that are not there */
 #define TIMED_OUT	124
 #define EXIT_NOT_FOUND	127
-#define CANNOT_OPEN	126
-#define HAS_BITMAPS	125
+
+/* What no program exits with */
+enum { CANNOT_OPEN = 256, HAS_BITMAPS };
 
 /* How QEMU is to open a file, without locking it. */
 static struct json_object *file_options(const char *path)
@@ -131,29 +132,44 @@ static bool loses_snapshots(const struct header *header)
 	       (header->autoclear & ~(uint64_t)AUTOCLEAR_KNOWN || header->bitmaps);
 }
 
-static int run_check_chain(const struct chain *chain, bool repair, bool quiet)
+/*
+ * *@status becomes that of qemu-img check, or of what has to be done before. The
+ * programs get the files that we have open and locked: others may have their names now.
+ */
+static int run_check_chain(const struct chain *chain, bool repair, bool quiet, int *status)
 {
-	bool data = chain->layers[0].flags & QCOW_LAYER_DATA_FILE;
-	struct header header;
+	const struct qcow_layer *layer = chain->layers;
+	autofree char *image = xasprintf("/proc/self/fd/%d", layer->fd);
+	autofree char *data = layer->flags & QCOW_LAYER_DATA_FILE ?
+			      xasprintf("/proc/self/fd/%d", layer->data_fd) : NULL;
+	const char *path = chain->files[0].path;
 	struct job job = {
-		.image = chain->files[0].path,
-		.data = data ? chain->files[1].path : NULL,
-		.secret = chain->secret, .quiet = quiet,
+		.image = image, .data = data, .secret = chain->secret, .quiet = quiet,
 	};
-	int fd = chain->layers[0].fd, ret;
+	struct header header;
+	int ret;
 
-	ret = header_read(fd, job.image, true, &header);
-	job.encryption = header.encryption;
-	if (ret || !repair || !loses_snapshots(&header))
-		return ret ?: run_qemu(&job, repair, false);
-	ret = run_qemu(&job, false, true);
+	ret = header_read(layer->fd, path, true, &header);
 	if (ret)
-		return ret == EXIT_NOT_FOUND ? ret : CANNOT_OPEN;
-	ret = header_read(fd, job.image, true, &header);
-	if (ret || !loses_snapshots(&header))
-		return ret ?: run_qemu(&job, true, false);
-	ret = run_qemu(&job, false, false);
-	return ret == CHECK_ERRORS || ret == CHECK_LEAKS ? HAS_BITMAPS : ret;
+		return ret;
+	job.encryption = header.encryption;
+	if (!repair || !loses_snapshots(&header)) {
+		*status = run_qemu(&job, repair, false);
+		return EXIT_OK;
+	}
+	*status = run_qemu(&job, false, true);
+	if (*status) {
+		*status = *status == EXIT_NOT_FOUND ? *status : CANNOT_OPEN;
+		return EXIT_OK;
+	}
+	ret = header_read(layer->fd, path, true, &header);
+	if (ret)
+		return ret;
+	repair = !loses_snapshots(&header);
+	*status = run_qemu(&job, repair, false);
+	if (!repair && (*status == CHECK_ERRORS || *status == CHECK_LEAKS))
+		*status = HAS_BITMAPS;
+	return EXIT_OK;
 }
 
 int repair_dirty(const struct chain *chain, bool refuse)
@@ -162,7 +178,7 @@ int repair_dirty(const struct chain *chain, bool refuse)
 	const char *path = chain->files[0].path;
 	autofree char *plain = plain_path(path);
 	autofree char *word = shell_quote(plain);
-	int fd = chain->layers[0].fd, ret;
+	int fd = chain->layers[0].fd, ret, status;
 	struct header header;
 
 	/* Damage is not for us to mend unasked: the driver refuses the image. */
@@ -174,11 +190,13 @@ int repair_dirty(const struct chain *chain, bool refuse)
 			    path, word);
 	fail(EXIT_OK, "warning: %s: is marked dirty, it was not closed cleanly; repairing it with qemu-img check -r all",
 	     path);
-	ret = run_check_chain(chain, true, true);
-	if (ret == EXIT_NOT_FOUND)
+	ret = run_check_chain(chain, true, true, &status);
+	if (ret)
+		return ret;
+	if (status == EXIT_NOT_FOUND)
 		return fail(EXIT_REFUSED, "%s: there is no qemu-img to repair it; install qemu-utils, or run elsewhere: qemu-img check -f qcow2 -r all %s",
 			    path, word);
-	if (ret != CHECK_CLEAN || header_read(fd, path, true, &header) ||
+	if (status != CHECK_CLEAN || header_read(fd, path, true, &header) ||
 	    header.incompatible & marks)
 		return fail(EXIT_REFUSED, "%s: cannot be repaired; see what qcowctl check %s says, or use --read-only",
 			    path, word);
@@ -320,7 +338,7 @@ static int check(const char * const *values, char **operands)
 		.image_only = true,
 	};
 	const char *path = operands[0], *seconds = values[TIMEOUT] ?: "60";
-	int index = device_number(path), number, ret;
+	int index = device_number(path), number, ret, status;
 
 	if (!parse_number(seconds, &number) || !number || number > QCOW_FREEZE_TIMEOUT_MAX)
 		return fail(EXIT_USAGE, "check: --timeout cannot be '%s'; give seconds, from 1 to %d",
@@ -337,8 +355,8 @@ static int check(const char * const *values, char **operands)
 			fail(EXIT_BUSY, "%s: cannot be repaired while it is attached; detach it, and check %s",
 			     name, image);
 	}
-	ret = chain_open(&chain, path);
-	return ret ?: judge(run_check_chain(&chain, repair, false), path, repair, false);
+	ret = chain_open(&chain, path) ?: run_check_chain(&chain, repair, false, &status);
+	return ret ?: judge(status, path, repair, false);
 }
 
 const struct command check_command = {

@@ -156,7 +156,7 @@ char *attribute(int index, const char *name)
 {
 	autofree char *path = xasprintf("/sys/block/qcow%d/qcow/%s", index, name);
 
-	return read_line(path);
+	return read_text(path);
 }
 
 int not_attached(const char *name)

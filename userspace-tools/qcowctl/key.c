@@ -2,8 +2,9 @@
 /*
  * Passphrases of encrypted images, and what follows from them. LUKS headers are the
  * business of libcryptsetup, which is given a copy in memory. The driver gets the
- * key of the volume. What is secret is in memory that is wiped; but for a check or a
- * repair, for which qemu-img inherits a file in memory that has the passphrase.
+ * key of the volume. What is secret is in memory that is wiped, as far as it is
+ * ours: the C library has a copy of what was typed. For a check or a repair qemu-img
+ * inherits a file in memory that has the passphrase.
  */
 #include <errno.h>
 #include <libcryptsetup.h>

@@ -134,7 +134,7 @@ static struct json_object *load_device(int index)
 	struct qcow_status status = { .size = sizeof(status), .index = index };
 	autofree char *name = xasprintf("/dev/qcow%d", index);
 	autofree char *path = xasprintf("/sys/block/qcow%d/dev", index);
-	autofree char *numbers = read_line(path);
+	autofree char *numbers = read_text(path);
 	autofree char *damage = attribute(index, "damage");
 	autofree char *cache_mode = attribute(index, "cache_mode");
 	struct json_object *device, *chain, *layer;

@@ -13,7 +13,7 @@
 
 static int version(const char * const *values, char **operands)
 {
-	autofree char *module = read_line("/sys/module/qcow/version");
+	autofree char *module = read_text("/sys/module/qcow/version");
 	bool loaded = !access("/sys/module/qcow", F_OK);
 
 	(void)values;

@@ -169,7 +169,7 @@ int *control_find(const struct stat *st, const char *path, bool any_layer);
  */
 int device_number(const char *name);
 
-/* The line in a file of /sys/block/qcowN/qcow, or NULL. */
+/* What is in a file of /sys/block/qcowN/qcow, or NULL. */
 char *attribute(int index, const char *name);
 
 /* Say that a device is not there. */
@@ -244,7 +244,7 @@ bool parse_size(const char *s, uint64_t *bytes);
 /* True if both are the same file, or nodes of the same block device. */
 bool same_file(const struct stat *a, const struct stat *b);
 
-/* The first line of a small file (of /sys or /proc), or NULL. */
-char *read_line(const char *path);
+/* What a small file (of /sys or /proc) has but the end of its last line, or NULL. */
+char *read_text(const char *path);
 
 #endif /* QCOWCTL_H */

@@ -69,7 +69,7 @@ static char *find_processes(const struct stat *file, int number)
 			continue;
 		last = pid;
 		path = xasprintf("/proc/%d/comm", pid);
-		comm = read_line(path);
+		comm = read_text(path);
 		item = xasprintf("%d (%s)", pid, comm ?: "?");
 		list_append(&found, item);
 	}
@@ -142,7 +142,7 @@ static char *holders(int index)
 	for (i = 0; i < matches.gl_pathc; i++) {
 		const char *holder = strrchr(matches.gl_pathv[i], '/') + 1;
 		autofree char *path = xasprintf("%s/dm/name", matches.gl_pathv[i]);
-		autofree char *name = read_line(path);
+		autofree char *name = read_text(path);
 		autofree char *item = xasprintf(name ? "held by %s (%s)" : "held by %s",
 						holder, name);
 

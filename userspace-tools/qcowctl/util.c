@@ -143,14 +143,22 @@ bool same_file(const struct stat *a, const struct stat *b)
 	return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
 
-char *read_line(const char *path)
+char *read_text(const char *path)
 {
 	FILE *f = fopen(path, "re");
-	char *line = NULL;
+	char *text = NULL;
+	size_t room = 0;
+	ssize_t n = -1;
 
-	if (f && fscanf(f, "%m[^\n]", &line) != 1)
-		line = NULL;
-	if (f)
+	if (f) {
+		n = getdelim(&text, &room, 0, f);
 		fclose(f);
-	return line;
+	}
+	/* Empty is as good as nothing. */
+	if (n > 0 && text[n - 1] == '\n')
+		text[--n] = 0;
+	if (n > 0)
+		return text;
+	free(text);
+	return NULL;
 }

@@ -304,7 +304,7 @@ static int qcow_bitmaps_read(struct qcow_image *image)
 		if (!qcow_bitmap_tracks(entry))
 			continue;
 		if (maps->nr == QCOW_BITMAPS_MAX)
-			return -E2BIG;
+			return -EFBIG;
 		map = &maps->maps[maps->nr++];
 		map->entry = entry;
 		map->table_offset = be64_to_cpu(entry->table_offset);
@@ -366,7 +366,7 @@ static int qcow_bitmaps_write_marks(struct qcow_image *image, bool in_use)
  *
  * Context: may sleep.
  *
- * Return: 0; -EINVAL if they are damaged; -ENOMEM or -E2BIG if there is too much of
+ * Return: 0; -EINVAL if they are damaged; -ENOMEM or -EFBIG if there is too much of
  * them; -EINTR; or the errno of a read.
  */
 int qcow_bitmaps_load(struct qcow_image *image, struct qcow_message *msg)
@@ -392,7 +392,7 @@ int qcow_bitmaps_load(struct qcow_image *image, struct qcow_message *msg)
 	else if (err == -ENOMEM)
 		qcow_message_set(msg, "its bitmaps take more memory than there is for them (%llu MiB of %u); attach it read-only, or disable some",
 				 maps->bytes >> 20, QCOW_BITMAPS_MAX_BYTES >> 20);
-	else if (err == -E2BIG)
+	else if (err == -EFBIG)
 		qcow_message_set(msg, "more than %u of its bitmaps are enabled; attach it read-only, or disable some",
 				 QCOW_BITMAPS_MAX);
 	else if (err)

@@ -140,9 +140,36 @@ static int qcow_l2_fill(struct qcow_image *image, u64 to, u64 from)
 	return 0;
 }
 
+/* Make an L1 entry lead to a table that nobody else has. */
+static void qcow_l1_store_locked(struct qcow_block *block, unsigned int index,
+				 u64 host_offset)
+{
+	WRITE_ONCE(((__be64 *)block->data)[index],
+		   cpu_to_be64(host_offset | QCOW_OFLAG_COPIED));
+	qcow_block_dirty_locked(block);
+}
+
+/* May the L2 table at @host_offset be changed, though its L1 entry has no COPIED? */
+static int qcow_l2_is_own(struct qcow_image *image, u64 host_offset, bool *own)
+{
+	u64 count;
+	int err;
+
+	/* What is not this table alone must not be freed with it. */
+	err = qcow_overlap_expect(image, QCOW_METADATA_L2, host_offset) ?:
+	      qcow_refcount_get(image, host_offset >> image->cluster_bits,
+				&count);
+	*own = !err && count == 1;
+	return err;
+}
+
 /*
  * Give the guest offset an L2 table of its own: a new one, or a copy of the one
  * that is shared with a snapshot.
+ *
+ * Some programs leave COPIED out where it should be. Then nobody has the table but
+ * us, and its entries may have the flag, so that clusters are being overwritten in
+ * place just now: a copy, whose entries have not, would be wrong. The flag is set.
  */
 static int qcow_l2_make(struct qcow_image *image, u64 guest_offset)
 {
@@ -151,6 +178,7 @@ static int qcow_l2_make(struct qcow_image *image, u64 guest_offset)
 	struct qcow_free *free;
 	unsigned long flags;
 	unsigned int index;
+	bool own = false;
 	bool zeroed;
 	int err;
 
@@ -170,12 +198,17 @@ static int qcow_l2_make(struct qcow_image *image, u64 guest_offset)
 	if (err)
 		goto out_put;
 	old &= QCOW_L1_OFFSET_MASK;
-	/* What is not this table alone must not be freed with it. */
 	if (old)
-		err = qcow_overlap_expect(image, QCOW_METADATA_L2, old);
+		err = qcow_l2_is_own(image, old, &own);
 	/* QEMU lets a new image end within its L1 table. */
-	err = err ?: qcow_block_place(block) ?:
-	      qcow_alloc_clusters(image, 1, &cluster, &got, &zeroed);
+	err = err ?: qcow_block_place(block);
+	if (!err && own) {
+		spin_lock_irqsave(&image->lock, flags);
+		qcow_l1_store_locked(block, index, old);
+		spin_unlock_irqrestore(&image->lock, flags);
+		goto out_unprepare;
+	}
+	err = err ?: qcow_alloc_clusters(image, 1, &cluster, &got, &zeroed);
 	if (err)
 		goto out_unprepare;
 
@@ -193,9 +226,7 @@ static int qcow_l2_make(struct qcow_image *image, u64 guest_offset)
 	if (!err) {
 		if (old)
 			qcow_shortcut_clear_locked(image, guest_offset);
-		WRITE_ONCE(((__be64 *)block->data)[index],
-			   cpu_to_be64(new | QCOW_OFLAG_COPIED));
-		qcow_block_dirty_locked(block);
+		qcow_l1_store_locked(block, index, new);
 	}
 	if (free && (err || old)) {
 		free->cluster = (err ? new : old) >> image->cluster_bits;

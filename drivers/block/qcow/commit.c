@@ -215,7 +215,6 @@ static int qcow_barrier(struct qcow_image *image, bool data, bool metadata)
 static int qcow_commit_group(struct qcow_image *image)
 {
 	unsigned int scope;
-	u64 pending_end;
 	LIST_HEAD(counts);
 	LIST_HEAD(frees);
 	LIST_HEAD(links);
@@ -234,7 +233,6 @@ static int qcow_commit_group(struct qcow_image *image)
 	image->committing = true;
 	list_splice_init(&image->frees, &frees);
 	nr_frees = image->nr_frees;
-	pending_end = image->pending_end;
 	counting = image->counts_due || !READ_ONCE(image->dirty_bit);
 	image->counts_due = false;
 	spin_unlock_irq(&image->lock);
@@ -266,8 +264,8 @@ static int qcow_commit_group(struct qcow_image *image)
 		list_splice_tail_init(&frees, &image->reclaims);
 		image->nr_frees -= nr_frees;
 		image->nr_reclaims += nr_frees;
-		image->pending_first = clamp(pending_end, image->pending_first,
-					     image->pending_end);
+		if (image->commits_started >= image->pending_ticket)
+			image->pending_first = image->pending_end;
 	}
 	if (image->nr_reclaims)
 		queue_work(image->wq, &image->reclaim_work);

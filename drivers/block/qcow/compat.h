@@ -16,6 +16,9 @@
 #include <linux/srcu.h>
 #include <linux/version.h>
 
+/* Up to the newest kernel that was looked at; see qcow_device_put_queues(). */
+#define QCOW_LEAKS_QUEUES	(LINUX_VERSION_CODE < KERNEL_VERSION(7, 4, 0))
+
 /* 6.7: shrinkers are allocated, and carry private data. */
 struct qcow_shrinker {
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)

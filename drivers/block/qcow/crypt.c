@@ -330,7 +330,7 @@ static bool qcow_crypt_name(const char *spec, char *name, size_t room,
  * @msg: where to say what is wrong
  *
  * Return: 0; -ENOKEY if the image is encrypted and there is no key; -EINVAL if the
- * key is not for the image; -ENOENT if the kernel has no such cipher; -ENOMEM.
+ * key is not for the image; -EOPNOTSUPP if the kernel has no such cipher; -ENOMEM.
  */
 int qcow_crypt_init(struct qcow_image *image, const struct qcow_key *key,
 		    struct qcow_message *msg)
@@ -369,7 +369,7 @@ int qcow_crypt_init(struct qcow_image *image, const struct qcow_key *key,
 		crypt->tfm = NULL;
 		qcow_message_set(msg, "the kernel has no cipher %s: error %d",
 				 name, -err);
-		return err;
+		return err == -ENOENT ? -EOPNOTSUPP : err;
 	}
 	if (crypto_skcipher_ivsize(crypt->tfm) > QCOW_CRYPT_MAX_IV ||
 	    QCOW_SECTOR % crypto_skcipher_blocksize(crypt->tfm)) {

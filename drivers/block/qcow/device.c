@@ -656,7 +656,7 @@ static void qcow_detach_work_fn(struct work_struct *work);
 /*
  * Where a software queue feeds several hardware queues, here one for reads and one for
  * the rest, the kernel adds its sysfs object to each of them in turn, and forgets about
- * the reference to the one before (blk_mq_register_hctx(), up to 7.3 at least), which
+ * the reference to the one before (blk_mq_register_hctx()), which
  * would never be freed. Those of a disk that has left sysfs have one reference each,
  * that of the request queue; what there is beyond that nobody knows of.
  */
@@ -664,6 +664,8 @@ static void qcow_device_put_queues(struct qcow_device *dev)
 {
 	unsigned int i;
 
+	if (!QCOW_LEAKS_QUEUES)
+		return;
 	for (i = 0; i < ARRAY_SIZE(dev->queues); i++)
 		while (dev->queues[i] &&
 		       kref_read(&dev->queues[i]->kobj.kref) > 1)

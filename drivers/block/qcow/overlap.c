@@ -20,11 +20,14 @@
  * L2 tables and refcount blocks that were there at attach are in image->known, a
  * sorted array of offsets with the kind in the low bits, which takes no more memory
  * than the L1 and the refcount table; all else is in image->metadata, an xarray
- * from host cluster to kind. Only what lies in the file is known: nothing else is
- * ever written. Bits of the filter stay set where a table has gone.
+ * from host cluster to kind. What entries lead to behind the end of the file is known
+ * as well: the file grows, and a guest's data there would be believed to be a table.
+ * Bits of the filter stay set where a table has gone.
  *
  * A cluster has one kind, the first that was found. A table that is written must
- * be of its own kind, so one that lies on top of another one is never written.
+ * be of its own kind, so one that lies on top of another one is never written. No two
+ * entries of the refcount table may lead to one block: else a small file could have more
+ * counts than the allocator can look at.
  *
  * The caller of qcow_overlap_add() and qcow_overlap_remove() holds what keeps
  * others from making or freeing that table.
@@ -52,9 +55,11 @@
 
 /*
  * Clusters of snapshots' L1 tables that are looked up, by which the memory for it
- * is bounded. What is more has nothing but its counts to protect it.
+ * is bounded, to 9 bytes each. Nodes of the XArray that a table may need for itself
+ * count as 64 each. What is more has nothing but its counts to protect it.
  */
-#define QCOW_OVERLAP_SNAPSHOT_L1	BIT(18)
+#define QCOW_OVERLAP_SNAPSHOT_L1	BIT(21)
+#define QCOW_OVERLAP_NODES		(6 * 64)
 
 static const char * const qcow_metadata_names[] = {
 	[QCOW_METADATA_HEADER] = "header",
@@ -341,8 +346,7 @@ static int qcow_overlap_add_entries(struct qcow_image *image,
 				       round_up(step, QCOW_SECTOR), table_offset);
 		for (i = 0; i < step / sizeof(*entries) && !err; i++) {
 			offset = be64_to_cpu(entries[i]) & mask;
-			if (offset && !(offset & (cluster_size - 1)) &&
-			    qcow_image_has(image, offset, cluster_size))
+			if (offset && !(offset & (cluster_size - 1)))
 				image->known[image->nr_known++] = offset | kind;
 		}
 		cond_resched();
@@ -386,6 +390,18 @@ static int qcow_overlap_find_known(struct qcow_image *image, u64 l1_bytes,
 	image->known = known;
 	sort(known, image->nr_known, sizeof(*known), qcow_known_compare, NULL);
 	return 0;
+}
+
+/* Do two entries of the refcount table lead to one block? */
+static bool qcow_overlap_shares_refblocks(const struct qcow_image *image)
+{
+	size_t i;
+
+	for (i = 1; i < image->nr_known; i++)
+		if (image->known[i] == image->known[i - 1] &&
+		    (image->known[i] & QCOW_KNOWN_KIND) == QCOW_METADATA_REFBLOCK)
+			return true;
+	return false;
 }
 
 /* All that has been found goes into the filter. */
@@ -434,7 +450,7 @@ static int qcow_overlap_add_snapshots(struct qcow_image *image,
 				    clusters << image->cluster_bits) ||
 		    clusters > left)
 			continue;
-		left -= clusters;
+		left -= min_t(u64, left, clusters + QCOW_OVERLAP_NODES);
 		qcow_overlap_add(image, QCOW_METADATA_SNAPSHOT_L1,
 				 snapshot.l1_table_offset,
 				 clusters << image->cluster_bits);
@@ -450,8 +466,8 @@ static int qcow_overlap_add_snapshots(struct qcow_image *image,
  * @image: a writable image that is being opened
  * @msg: where to say what is wrong
  *
- * Return: 0, -ENOMEM, -EINTR, -EFBIG if the snapshot table is damaged, or the errno
- * of a read.
+ * Return: 0, -ENOMEM, -EINTR, -EFBIG if the snapshot table is damaged, -EUCLEAN if
+ * the refcount table is, or the errno of a read.
  */
 int qcow_overlap_init(struct qcow_image *image, struct qcow_message *msg)
 {
@@ -479,6 +495,10 @@ int qcow_overlap_init(struct qcow_image *image, struct qcow_message *msg)
 		qcow_message_set(msg, "cannot read its L1 or refcount table: error %d",
 				 -err);
 		return err;
+	}
+	if (qcow_overlap_shares_refblocks(image)) {
+		qcow_message_set(msg, "two entries of its refcount table lead to the same refcount block");
+		return -EUCLEAN;
 	}
 	return qcow_overlap_make_filter(image);
 }

@@ -502,7 +502,8 @@ struct qcow_image {
 	u64 alloc_cursor;		/* cluster number where to look first */
 	u64 pack_offset;		/* where compressed data goes on, or 0 */
 	u64 pending_first;		/* refcount blocks [first, end) exist but */
-	u64 pending_end;		/* are not reachable on disk yet */
+	u64 pending_end;		/* are not reachable on disk yet, but after */
+	u64 pending_ticket;		/* this commit; image->lock, too */
 	u64 refblocks_known;		/* those up to here exist, as far as seen */
 	u64 zero_from;			/* known zero, host bytes: from here ... */
 	u64 zero_to;			/* ... to here; empty where from >= to */

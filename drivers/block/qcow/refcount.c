@@ -410,6 +410,8 @@ static int qcow_refblock_create(struct qcow_image *image,
 	if (image->pending_first == image->pending_end)
 		image->pending_first = index;
 	image->pending_end = index + 1;
+	/* One that has begun may have frozen the table before this. */
+	image->pending_ticket = image->commits_started + 1;
 	spin_unlock_irqrestore(&image->lock, flags);
 	return 0;
 }
@@ -751,20 +753,21 @@ static int qcow_search(struct qcow_image *image, u64 want, u64 *cluster,
 static void qcow_refblocks_ahead(struct qcow_image *image, u64 cluster)
 {
 	u64 ahead = cluster + (QCOW_REFBLOCK_RESERVE >> 1 >> image->cluster_bits);
-	u64 here = cluster >> image->refblock_bits;
-	u64 index = min(ahead >> image->refblock_bits,
-			here + QCOW_REFBLOCKS_AHEAD / 2);
+	u64 index = cluster >> image->refblock_bits;
+	u64 last = min(ahead >> image->refblock_bits,
+		       index + QCOW_REFBLOCKS_AHEAD / 2);
 	u64 offset = 1;
 
-	if (index <= here || index < READ_ONCE(image->refblocks_known))
+	if (last < READ_ONCE(image->refblocks_known))
 		return;
 	mutex_lock(&image->alloc_mutex);
-	/* The first one that is missing, so that they stay in a row. */
-	for (index = here + 1; index < qcow_reftable_entries(image); index++) {
-		if (index > (ahead >> image->refblock_bits) ||
-		    qcow_refblock_offset(image, index, &offset) || !offset)
+	/*
+	 * The first one that is missing, so that they stay in a row. That may be the
+	 * one of @cluster, which is behind what was taken.
+	 */
+	for (; index <= last && index < qcow_reftable_entries(image); index++)
+		if (qcow_refblock_offset(image, index, &offset) || !offset)
 			break;
-	}
 	WRITE_ONCE(image->refblocks_known, index);
 	mutex_unlock(&image->alloc_mutex);
 	if (!offset)

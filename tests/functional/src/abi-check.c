@@ -175,7 +175,7 @@ static void check_keys(void)
 
 	layers[1].fd = 12;
 	REFUSED_LAYER(ENOKEY, "an encrypted image without a key", (void)0);
-	REFUSED_LAYER(ENOENT, "a cipher that does not exist", set_key("rot13-xts-plain64", 64));
+	REFUSED_LAYER(EOPNOTSUPP, "a cipher that does not exist", set_key("rot13-xts-plain64", 64));
 	REFUSED_LAYER(EINVAL, "a key of the wrong length", set_key("aes-xts-plain64", 13));
 	REFUSED_LAYER(EINVAL, "a cipher without a mode", set_key("aes", 64));
 	REFUSED_LAYER(EINVAL, "a cipher without a generator", set_key("aes-cbc", 32));
