@@ -91,9 +91,12 @@ stopped "L2 table to be copied at the refcount table" 'L2 table at .* lies on to
 stopped "L2 table to be copied at the L1 table" 'L2 table at .* lies on top of L1 table' \
 	'pwrite -q 600M 64k' $((0x30008)) 0000000000030000
 
-# A guest's data would be believed to be a table there.
+# A guest's data would be believed to be a table there. Not in the part of the disk where
+# udev looks.
+qemu-img resize -q -f qcow2 good.qcow2 2G
 stopped "new cluster behind the end, at an L2 table" 'L2 table at' 'pwrite -q 8M 64k' \
 	$((0x30008)) 8000000000070000
+make_good
 # Counts without end would take as little space as one block of them.
 cp good.qcow2 bad.qcow2
 put_bytes bad.qcow2 $((0x10008)) 0000000000020000

@@ -159,7 +159,8 @@ static int qcow_l2_is_own(struct qcow_image *image, u64 host_offset, bool *own)
 	err = qcow_overlap_expect(image, QCOW_METADATA_L2, host_offset) ?:
 	      qcow_refcount_get(image, host_offset >> image->cluster_bits,
 				&count);
-	*own = !err && count == 1;
+	/* A count that is wrong is found when the table is freed. */
+	*own = !err && count == 1 && !qcow_overlap_is_shared(image, host_offset);
 	return err;
 }
 

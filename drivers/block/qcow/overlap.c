@@ -325,6 +325,21 @@ int qcow_overlap_expect(struct qcow_image *image, enum qcow_metadata kind,
 	return -EIO;
 }
 
+/**
+ * qcow_overlap_is_shared - did two entries lead to a table when the image was attached
+ * @image: a writable image
+ * @host_offset: of the table, bytes
+ *
+ * Return: true if so.
+ */
+bool qcow_overlap_is_shared(struct qcow_image *image, u64 host_offset)
+{
+	size_t i = qcow_known_from(image, host_offset);
+
+	return i + 1 < image->nr_known &&
+	       (READ_ONCE(image->known[i + 1]) & ~QCOW_KNOWN_KIND) == host_offset;
+}
+
 /* Add what the entries of a table lead to; those that are wrong are never used. */
 static int qcow_overlap_add_entries(struct qcow_image *image,
 				    enum qcow_metadata kind, u64 table_offset,

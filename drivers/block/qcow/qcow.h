@@ -794,6 +794,7 @@ bool qcow_overlap_is_only(struct qcow_image *image, int kind, u64 host_offset,
 			  u64 length);
 int qcow_overlap_expect(struct qcow_image *image, enum qcow_metadata kind,
 			u64 host_offset);
+bool qcow_overlap_is_shared(struct qcow_image *image, u64 host_offset);
 
 /* ---- refcount.c: refcounts and the allocator ---------------------------- */
 
