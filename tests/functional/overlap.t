@@ -11,11 +11,13 @@
 need_driver
 cd "$WORK" || exit
 
+SIZE=1G
+
 # Header 0, refcount table 0x10000, block 0x20000, L1 0x30000, L2 0x40000, data
 # 0x50000 to 0x5ffff and 0x60000 to 0x6ffff.
 make_good() {
 	rm -f good.qcow2 &&
-		qemu-img create -q -f qcow2 "$@" good.qcow2 1G &&
+		qemu-img create -q -f qcow2 "$@" good.qcow2 "$SIZE" &&
 		qemu-io -f qcow2 -c 'write -q -P 0x41 0 64k' \
 			-c 'write -q -P 0x42 64k 64k' good.qcow2
 }
@@ -93,7 +95,7 @@ stopped "L2 table to be copied at the L1 table" 'L2 table at .* lies on top of L
 
 # A guest's data would be believed to be a table there. Not in the part of the disk where
 # udev looks.
-qemu-img resize -q -f qcow2 good.qcow2 2G
+SIZE=2G make_good
 stopped "new cluster behind the end, at an L2 table" 'L2 table at' 'pwrite -q 8M 64k' \
 	$((0x30008)) 8000000000070000
 make_good

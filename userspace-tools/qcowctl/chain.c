@@ -165,8 +165,10 @@ static int open_file(struct chain *chain, const char *path, bool write,
 		write = false;
 		*fd = open(path, O_RDONLY | O_NONBLOCK);
 	}
-	if (*fd < 0 || fstat(*fd, &st) || fcntl(*fd, F_SETFL, 0))
+	if (*fd < 0 || fstat(*fd, &st))
 		return open_failed(chain, path, write, what);
+	/* Where it stays, it does no harm to a file. */
+	fcntl(*fd, F_SETFL, 0);
 	if ((st.st_mode & S_IFMT) != (seen.st_mode & S_IFMT) || !same_file(&st, &seen))
 		return fail(EXIT_BUSY, "%s: another file has just got this name; try again", path);
 
