@@ -135,22 +135,23 @@ static int open_failed(const struct chain *chain, const char *path, bool write,
 static int open_file(struct chain *chain, const char *path, bool write,
 		     const char *what, int *fd)
 {
-	/* It may have become a FIFO, which would have us wait. */
-	int flags = (write ? O_RDWR : O_RDONLY) | O_NONBLOCK;
+	int flags = write ? O_RDWR : O_RDONLY;
 	struct chain_file *files = chain->files;
 	unsigned int i, count = chain->file_count;
-	struct stat seen, st;
+	int at = open(path, O_PATH | O_CLOEXEC);
+	autofree char *link = xasprintf("/proc/self/fd/%d", at);
 	int read_only = 0;
+	struct stat st;
 
-	/* Look first: opening a tape would wind it. */
-	if (stat(path, &seen))
+	/* Look first: opening a FIFO would wait, opening a tape would wind it. */
+	if (at < 0 || fstat(at, &st))
 		return open_failed(chain, path, false, what);
-	if (!S_ISREG(seen.st_mode) && !S_ISBLK(seen.st_mode))
+	if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
 		return fail(EXIT_REFUSED, "%s: neither a file nor a block device; name an image",
 			    path);
-	if (write && S_ISBLK(seen.st_mode))
+	if (write && S_ISBLK(st.st_mode))
 		flags |= O_EXCL;
-	*fd = open(path, flags);
+	*fd = open(link, flags);
 	/* Linux opens devices for writing that cannot be written. */
 	if (*fd >= 0 && write && !ioctl(*fd, BLKROGET, &read_only) && read_only) {
 		close(*fd);
@@ -163,14 +164,11 @@ static int open_file(struct chain *chain, const char *path, bool write,
 		     path);
 		chain->read_only = true;
 		write = false;
-		*fd = open(path, O_RDONLY | O_NONBLOCK);
+		*fd = open(link, O_RDONLY);
 	}
-	if (*fd < 0 || fstat(*fd, &st))
+	if (*fd < 0)
 		return open_failed(chain, path, write, what);
-	/* Where it stays, it does no harm to a file. */
-	fcntl(*fd, F_SETFL, 0);
-	if ((st.st_mode & S_IFMT) != (seen.st_mode & S_IFMT) || !same_file(&st, &seen))
-		return fail(EXIT_BUSY, "%s: another file has just got this name; try again", path);
+	close(at);
 
 	/* Before locking: our own locks on the file would be in the way. */
 	for (i = 0; i < count; i++) {

@@ -656,9 +656,9 @@ static void qcow_detach_work_fn(struct work_struct *work);
 /*
  * Where a software queue feeds several hardware queues, here one for reads and one for
  * the rest, the kernel adds its sysfs object to each of them in turn, and forgets about
- * the reference to the one before (blk_mq_register_hctx()), which
- * would never be freed. Those of a disk that has left sysfs have one reference each,
- * that of the request queue; what there is beyond that nobody knows of.
+ * the reference to the one before (blk_mq_register_hctx()), which would never be freed.
+ * Those of a disk that has left sysfs have one reference each, that of the request queue;
+ * what there is beyond that nobody knows of.
  */
 static void qcow_device_put_queues(struct qcow_device *dev)
 {
