@@ -4,7 +4,7 @@
 # kernels: all
 # quick: 6.1
 # cpus: 2
-# timeout: 600
+# timeout: 900
 
 # shellcheck source=tests/functional/cells.sh
 . "$(dirname "$0")/cells.sh"
