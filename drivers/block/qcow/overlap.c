@@ -512,7 +512,7 @@ int qcow_overlap_init(struct qcow_image *image, struct qcow_message *msg)
 		return err;
 	}
 	if (qcow_overlap_shares_refblocks(image)) {
-		qcow_message_set(msg, "two entries of its refcount table lead to the same refcount block");
+		qcow_message_set(msg, "two entries of its refcount table lead to the same refcount block; repair the image with 'qcowctl check --repair', or attach it read-only");
 		return -EUCLEAN;
 	}
 	return qcow_overlap_make_filter(image);
