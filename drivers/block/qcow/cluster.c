@@ -352,6 +352,7 @@ static int qcow_write_run(struct qcow_image *image, struct qcow_write *write,
 	if (err)
 		return err;
 	write->host_offset = first.host_offset;
+	write->blank = !first.allocated;
 	guest_offset = write->range.first << image->cluster_bits;
 	for (n = 1; n < max; n++) {
 		guest_offset += qcow_cluster_size(image);
@@ -362,6 +363,7 @@ static int qcow_write_run(struct qcow_image *image, struct qcow_write *write,
 		if (*kind == QCOW_WRITE_REUSE && next.host_offset !=
 		    write->host_offset + ((u64)n << image->cluster_bits))
 			break;
+		write->blank &= !next.allocated;
 	}
 	write->count = n;
 	if (*kind != QCOW_WRITE_REUSE)
@@ -385,6 +387,9 @@ static int qcow_write_span(struct qcow_image *image, struct qcow_write *write,
 	struct qcow_l2_state state;
 	int err;
 
+	*allocated = 0;
+	if (write->blank)
+		return 0;
 	err = qcow_l2_classify(image, qcow_l2_load(image, write->l2,
 						   write->index + n),
 			       guest_offset, &state);
@@ -410,25 +415,26 @@ static int qcow_write_surround(struct qcow_image *image,
 	u64 last_base = base + ((u64)(write->count - 1) << image->cluster_bits);
 	unsigned int sub = qcow_subcluster(image, guest_offset);
 	unsigned int end_sub = qcow_subcluster(image, end - 1);
-	unsigned int other;
+	unsigned int other = 0;
 	u32 allocated;
 	int err;
 
 	write->first_sub = sub;
-	other = write->count == 1 ? end_sub : image->subclusters - 1;
-	err = qcow_write_span(image, write, 0, &write->first_sub, &other,
-			      &allocated);
+	write->last_sub = write->count == 1 ? end_sub : image->subclusters - 1;
+	err = qcow_write_span(image, write, 0, &write->first_sub,
+			      &write->last_sub, &allocated);
 	if (err)
 		return err;
 	*head = allocated & BIT(sub) ? 0 : guest_offset - base -
 		(write->first_sub << image->subcluster_bits);
 
-	write->last_sub = end_sub;
-	other = write->count == 1 ? sub : 0;
-	err = qcow_write_span(image, write, write->count - 1, &other,
-			      &write->last_sub, &allocated);
-	if (err)
-		return err;
+	if (write->count > 1) {
+		write->last_sub = end_sub;
+		err = qcow_write_span(image, write, write->count - 1, &other,
+				      &write->last_sub, &allocated);
+		if (err)
+			return err;
+	}
 	*tail = allocated & BIT(end_sub) ? 0 : last_base +
 		((write->last_sub + 1) << image->subcluster_bits) - end;
 	/* The data file may end with the disk. */
@@ -770,6 +776,8 @@ int qcow_write_begin(struct qcow_chain *chain, u64 guest_offset, u64 length,
 	if (err)
 		goto out_end;
 
+	if (zeroed && write->blank && chain->depth == 1)
+		return 0;
 	if (qcow_fill_around(chain, write, guest_offset, head, tail))
 		return 0;
 	host = write->host_offset + write->data_offset;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Block devices: what main.c, device.c, freeze.c and request.c know of each other.
+ * Block devices: what main.c, device.c, status.c, freeze.c and request.c know of each
+ * other.
  */
 #ifndef QCOW_DEVICE_H
 #define QCOW_DEVICE_H
@@ -168,6 +169,14 @@ struct qcow_device *qcow_device_hold(int index);
 void qcow_device_release(struct qcow_device *dev);
 int qcow_devices_init(void);
 void qcow_devices_exit(void);
+
+/* ---- status.c ------------------------------------------------------------ */
+
+extern const struct attribute_group *qcow_attr_groups[];
+
+void qcow_device_sum(const struct qcow_device *dev,
+		     struct qcow_device_stats *sum);
+void qcow_device_describe(struct qcow_device *dev, struct qcow_status *status);
 
 /* ---- freeze.c ------------------------------------------------------------ */
 

@@ -1011,6 +1011,7 @@ struct qcow_fill {
  * @head: to be written before it
  * @tail: to be written behind it
  * @around: the copies in @head and @tail are one piece of memory
+ * @blank: the clusters had no data in this layer
  * @fresh: the clusters are newly allocated, to be freed if the write fails
  * @frees: runs that the old entries lose when the write succeeds
  * @abort: a node to free the new clusters with
@@ -1029,6 +1030,7 @@ struct qcow_write {
 	struct qcow_fill head;
 	struct qcow_fill tail;
 	bool around;
+	bool blank;
 	bool fresh;
 	struct list_head frees;
 	struct qcow_free *abort;

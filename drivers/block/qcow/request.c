@@ -107,6 +107,7 @@ struct qcow_segment {
  * @error: the first one, or 0
  * @commit: commit before completing
  * @committing: all segments are done, the commit is next
+ * @unmapped: where it begins, there was nothing that could be overwritten
  * @vecs: the memory of the guest
  * @nr_vecs: how many
  * @offset: bytes of the first one that belong to an earlier request
@@ -124,6 +125,7 @@ struct qcow_request {
 	int error;
 	bool commit;
 	bool committing;
+	bool unmapped;
 	bool pooled;
 	bool gated;
 	struct list_head held;
@@ -678,12 +680,43 @@ static int qcow_write_packed(struct qcow_request *req, u64 guest_offset,
 	return err;
 }
 
+/* A piece of a write that leaves the mapping as it is; 1 if that has to change. */
+static int qcow_write_in_place(struct qcow_segment *seg, u64 guest_offset,
+			       u64 length, u64 *done)
+{
+	struct qcow_request *req = seg->req;
+	struct qcow_image *image = qcow_request_image(req);
+	struct qcow_extent extent;
+	int err;
+
+	seg->epoch = qcow_image_enter(image);
+	err = qcow_map_layer(image, guest_offset, length, &extent);
+	if (!err)
+		trace_qcow_map(guest_offset, &extent, 0);
+	if (!err && extent.in_place)
+		err = qcow_overlap_check_data(image, extent.host_offset,
+					      extent.length);
+	if (err || !extent.in_place) {
+		qcow_image_exit(image, seg->epoch);
+		return err ?: 1;
+	}
+	qcow_segment_set(seg, &extent);
+	*done = extent.length;
+	/* After the look-up: then its entry was durable. */
+	if (qcow_request_fua(req)) {
+		if (qcow_data_file(image)->dsync && !qcow_image_dirty(image))
+			seg->iocb_flags = IOCB_DSYNC;
+		else
+			req->commit = true;
+	}
+	qcow_segment_submit(seg);
+	return 0;
+}
+
 static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 {
-	bool fua = qcow_request_fua(req);
 	struct qcow_image *image = qcow_request_image(req);
 	bool pack = qcow_compression(image);
-	struct qcow_extent extent;
 	struct qcow_segment *seg;
 	u64 skip, piece, done;
 	bool made_room = false;
@@ -695,41 +728,26 @@ static int qcow_write(struct qcow_request *req, u64 guest_offset, u64 length)
 		if (err)
 			return err;
 		piece = length - skip;
-		seg = qcow_segment_alloc(req, skip);
-		seg->epoch = qcow_image_enter(image);
-		err = qcow_map_layer(image, guest_offset + skip, piece, &extent);
-		if (!err)
-			trace_qcow_map(guest_offset + skip, &extent, 0);
-		if (!err && extent.in_place)
-			err = qcow_overlap_check_data(image, extent.host_offset,
-						      extent.length);
-		if (!err && extent.in_place) {
-			done = extent.length;
-			qcow_segment_set(seg, &extent);
-			/* After the look-up: then its entry was durable. */
-			if (fua && (!qcow_data_file(image)->dsync ||
-				    qcow_image_dirty(image)))
-				req->commit = true;
-			else if (fua)
-				seg->iocb_flags = IOCB_DSYNC;
-			qcow_segment_submit(seg);
-			continue;
-		}
-		qcow_image_exit(image, seg->epoch);
 		done = 0;
-		if (!err && pack) {
+		seg = qcow_segment_alloc(req, skip);
+		/* Below, 1 says that it has to be done in the next way. */
+		err = req->unmapped ? 1 :
+				      qcow_write_in_place(seg, guest_offset + skip,
+							  piece, &done);
+		req->unmapped = false;
+		if (err > 0 && pack) {
 			piece = qcow_first_cluster(image, guest_offset + skip,
 						   piece, &whole);
-			err = whole ? qcow_write_packed(req, guest_offset + skip,
-							skip, piece) : 1;
+			if (whole)
+				err = qcow_write_packed(req, guest_offset + skip,
+							skip, piece);
 			if (!err) {
 				done = piece;
 				qcow_segment_free(seg);
 				continue;
 			}
 		}
-		/* 1: it has to be written plainly. */
-		if (err >= 0)
+		if (err > 0)
 			err = qcow_write_mapping(seg, guest_offset + skip,
 						 piece, &done);
 		if (err)
@@ -920,16 +938,18 @@ static bool qcow_map_inline(struct qcow_request *req, u64 guest_offset,
 	err = write ? qcow_map_layer_cached(image, guest_offset, length, extent) :
 		      qcow_map_cached(req->dev->chain, guest_offset, length,
 				      extent);
-	if (err || extent->length < length)
+	if (err)
 		return false;
 	if (write) {
 		trace_qcow_map(guest_offset, extent, 0);
-		return extent->in_place && !qcow_image_error(image) &&
+		req->unmapped = !extent->in_place;
+		return extent->in_place && extent->length == length &&
+		       !qcow_image_error(image) &&
 		       !qcow_overlap_check_data(image, extent->host_offset,
 						length);
 	}
-	return extent->type == QCOW_EXTENT_DATA ||
-	       extent->type == QCOW_EXTENT_ZERO;
+	return extent->length == length && (extent->type == QCOW_EXTENT_DATA ||
+					    extent->type == QCOW_EXTENT_ZERO);
 }
 
 /* Are writes known to need waiting? Then only some of them are tried. */
@@ -1024,6 +1044,7 @@ static blk_status_t qcow_queue_rq(struct blk_mq_hw_ctx *hctx,
 	req->error = 0;
 	req->commit = false;
 	req->committing = false;
+	req->unmapped = false;
 	req->pooled = false;
 	req->gated = false;
 	req->blkcg = NULL;
