@@ -201,5 +201,11 @@ for depth in "${depths[@]}"; do
 	fi
 done
 
+# When it is known where each cluster is, only the L1 tables below are left in memory.
+attach --read-only "$WORK/deep/top.qcow2" && cat "$DEV" >/dev/null
+is "tables of a chain of $depth: those of its top, and an L1 table for each file" \
+	"$(<"/sys/block/${DEV#/dev/}/qcow/cache_size")" $(((depth + 2) * 4096))
+detach
+
 no_kernel_report
 done_testing

@@ -341,6 +341,7 @@ enum {
  * @placed: qcow_block_place() has been here
  * @resolved: it may have resolutions in it (resolve.c); set under image->lock
  * @resolved_from: of the guest clusters from this one on; set before @resolved
+ * @unresolved: how many of them are still to be; image->lock
  * @shortcut: its key in image->shortcuts (shortcut.c); written under image->lock
  * @kind: known from the first change on, image->lock
  * @dirty_node: in image->dirty[@kind], guarded by image->lock
@@ -365,6 +366,7 @@ struct qcow_block {
 	bool placed;
 	bool resolved;
 	u64 resolved_from;
+	unsigned int unresolved;
 	unsigned long shortcut;
 	enum qcow_block_kind kind;
 	struct list_head dirty_node;

@@ -16,6 +16,11 @@
  * the file looks like one. To everybody else it is what it stands in the place of:
  * qcow_l2_load() gives 0, and a commit writes 0.
  *
+ * When all of a block of the top layer's is resolved, or was never empty, the tables
+ * of the layers below are of no use for it any more, and leave memory. Clusters that
+ * have to be looked up every time prevent that. To look there again takes reading them
+ * again, and nothing else.
+ *
  * Two entries of a (strange) L1 table may lead to the same L2 table. Its blocks have
  * resolutions for the guest clusters of the first one that asked.
  *
@@ -32,6 +37,8 @@
  *	bit 62		0, as it is 1 in the entries of compressed clusters
  */
 #include <linux/rcupdate.h>
+
+#include <linux/qcow.h>
 
 #include "qcow.h"
 
@@ -146,7 +153,9 @@ out:
 static bool qcow_block_resolve_locked(struct qcow_image *image,
 				      struct qcow_block *block, u64 cluster)
 {
-	unsigned int i;
+	u64 clusters = DIV_ROUND_UP_ULL(image->size, qcow_cluster_size(image));
+	unsigned int i, empty = 0;
+	struct qcow_l2_entry entry;
 
 	lockdep_assert_held(&image->lock);
 	if (block->resolved)
@@ -154,15 +163,54 @@ static bool qcow_block_resolve_locked(struct qcow_image *image,
 	/* Of damaged tables a block may be both. */
 	if (block->kind == QCOW_BLOCK_COUNT)
 		return false;
-	for (i = 0; i < qcow_l2_per_block(image); i++)
-		if (qcow_is_tagged(qcow_l2_load_raw(image, block, i).descriptor))
+	for (i = 0; i < qcow_l2_per_block(image); i++) {
+		entry = qcow_l2_load_raw(image, block, i);
+		if (qcow_is_tagged(entry.descriptor))
 			return false;
+		if (!entry.descriptor && !entry.bitmap && cluster + i < clusters)
+			empty++;
+	}
+	block->unresolved = empty;
 	block->kind = QCOW_BLOCK_LINK;
 	block->resolved_from = cluster;
 	WRITE_ONCE(block->resolved, true);
 	/* Who sees a resolution sees this: qcow_is_resolution(). */
 	smp_wmb();
 	return true;
+}
+
+/*
+ * Forget the L2 blocks below the top layer for clusters of that. One that reaches
+ * further is still of use, unless it ends here.
+ */
+static void qcow_resolved_drop_below(struct qcow_chain *chain, u64 cluster,
+				     unsigned int count)
+{
+	struct qcow_image *image = chain->layers[0];
+	u64 start = cluster << image->cluster_bits;
+	u64 end = start + ((u64)count << image->cluster_bits);
+	unsigned int i, index;
+	u64 at, step, where;
+	int err;
+
+	for (i = 1; i < chain->depth; i++) {
+		image = chain->layers[i];
+		if (image->format != QCOW_FORMAT_QCOW2)
+			continue;
+		step = (u64)qcow_l2_per_block(image) << image->cluster_bits;
+		for (at = start & ~(step - 1); at < min(end, image->size);
+		     at += step) {
+			if (at + step > end && end < image->size)
+				break;
+			rcu_read_lock();
+			err = qcow_l2_find(image, at, true, &where, &index);
+			rcu_read_unlock();
+			if (!err && !(where & QCOW_BLOCK_VIRTUAL))
+				qcow_cache_drop(image, where,
+						qcow_block_size(image));
+		}
+		cond_resched();
+	}
 }
 
 /**
@@ -187,6 +235,7 @@ void qcow_resolved_keep(struct qcow_chain *chain, u64 guest_offset,
 	struct qcow_block *block;
 	unsigned int index;
 	unsigned long flags;
+	bool full = false;
 
 	/* The last cluster of the disk may be short, and is whole all the same. */
 	if (guest_offset + left == image->size)
@@ -218,8 +267,14 @@ void qcow_resolved_keep(struct qcow_chain *chain, u64 guest_offset,
 			continue;
 		entry.descriptor = qcow_resolution(layer, type, host_offset);
 		qcow_l2_store_locked(image, block, index, entry);
+		if (type != QCOW_EXTENT_UNALLOCATED && block->unresolved &&
+		    !--block->unresolved)
+			full = true;
 	}
 out:
 	spin_unlock_irqrestore(&image->lock, flags);
+	if (full)
+		qcow_resolved_drop_below(chain, block->resolved_from,
+					 qcow_l2_per_block(image));
 	qcow_block_put(block);
 }

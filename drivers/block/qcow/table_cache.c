@@ -654,7 +654,7 @@ void qcow_block_written(struct qcow_block *block, bool ok)
  * @len: bytes
  *
  * For clusters to which nothing points any more: whatever is written there next,
- * it is not what the cache holds.
+ * it is not what the cache holds. And for tables that are of no more use.
  *
  * Context: may sleep.
  *
