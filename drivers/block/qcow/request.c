@@ -79,6 +79,7 @@
  * @vecs: head, data and tail, for a segment with @mapping that has a head or tail;
  *	or NULL
  * @nr_vecs: how many
+ * @few: memory for @vecs, where that is enough
  * @retry: does it again; decompresses or decrypts it
  */
 struct qcow_segment {
@@ -96,6 +97,7 @@ struct qcow_segment {
 	struct qcow_write write;
 	struct bio_vec *vecs;
 	unsigned int nr_vecs;
+	struct bio_vec few[4];
 	struct work_struct retry;
 };
 
@@ -274,6 +276,12 @@ static void qcow_segment_iter(struct qcow_segment *seg)
 				  seg->length);
 }
 
+static void qcow_segment_free_vecs(struct qcow_segment *seg)
+{
+	if (seg->vecs && seg->vecs != seg->few)
+		mempool_free(seg->vecs, &seg->req->dev->segment_vecs);
+}
+
 /* Segments that are not the first one of their request come from a pool. */
 static void qcow_segment_free(struct qcow_segment *seg)
 {
@@ -295,8 +303,7 @@ static void qcow_segment_end(struct qcow_segment *seg, int err)
 				"durable write failed with error %d", err);
 	if (seg->mapping) {
 		qcow_write_end(&seg->write, err);
-		if (seg->vecs)
-			mempool_free(seg->vecs, &req->dev->segment_vecs);
+		qcow_segment_free_vecs(seg);
 	} else {
 		qcow_image_exit(qcow_request_image(req), seg->epoch);
 	}
@@ -591,6 +598,12 @@ static unsigned int qcow_fill_vecs(const struct qcow_fill *fill,
 	return 1;
 }
 
+/* Does one vector at most describe it? */
+static bool qcow_fill_is_one(const struct qcow_fill *fill)
+{
+	return fill->copy || fill->length <= PAGE_SIZE;
+}
+
 /* Head, guest data and tail in one list. */
 static int qcow_segment_gather(struct qcow_segment *seg)
 {
@@ -601,7 +614,11 @@ static int qcow_segment_gather(struct qcow_segment *seg)
 	struct bio_vec vec;
 	unsigned int n;
 
-	seg->vecs = mempool_alloc(&seg->req->dev->segment_vecs, GFP_NOIO);
+	if (seg->req->nr_vecs <= ARRAY_SIZE(seg->few) - 2 &&
+	    qcow_fill_is_one(&write->head) && qcow_fill_is_one(&write->tail))
+		seg->vecs = seg->few;
+	else
+		seg->vecs = mempool_alloc(&seg->req->dev->segment_vecs, GFP_NOIO);
 	n = qcow_fill_vecs(&write->head, seg->vecs);
 	rq_for_each_bvec(vec, rq, iter) {
 		if (skip >= vec.bv_len) {
@@ -645,7 +662,7 @@ static int qcow_write_mapping(struct qcow_segment *seg, u64 guest_offset,
 		err = qcow_segment_gather(seg);
 	if (err) {
 		qcow_write_end(write, err);
-		mempool_free(seg->vecs, &req->dev->segment_vecs);
+		qcow_segment_free_vecs(seg);
 		return err;
 	}
 	if (qcow_request_fua(req))
