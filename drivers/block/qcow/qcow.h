@@ -402,7 +402,7 @@ void qcow_cache_drop_all(struct qcow_image *image);
 /* Head or tail up to this long are written together with the guest's data. */
 #define QCOW_MERGE_FILL		(128U << 10)
 /* So many buffers for copies are kept for the next writes. */
-#define QCOW_COPIES		4
+#define QCOW_COPIES		16
 
 /**
  * struct qcow_free - a run of host clusters that lost a reference
