@@ -34,7 +34,7 @@ fi
 # has bitmaps, with +luks or +aes it is encrypted.
 CASES=(
 	'block-64k-lazy block 6M cluster_size=64k,lazy_refcounts=on none --jobs 1'
-	'block-512-rc64-overlay block 4M cluster_size=512,refcount_bits=64 raw --jobs 1 --max-io 128k'
+	'block-512-rc64-overlay block 4M cluster_size=512,refcount_bits=64 raw --jobs 1 --max-io 128k --fill'
 	'block-4k-jobs-bitmap block 4M cluster_size=4k none+bitmap --jobs 4 --max-io 256k'
 	'block-64k-ext-overlay-snapshot block 6M cluster_size=64k,extended_l2=on raw+snapshot --jobs 2'
 	'block-4k-packed-overlay-snapshot block 4M cluster_size=4k qcow2+packed+compress+snapshot --jobs 2 --max-io 256k'
@@ -52,7 +52,7 @@ if [[ ${QCOW_SOAK-} ]] || (($#)); then
 		'block-64k block 12M cluster_size=64k none --jobs 1'
 		'block-4k-compress block 6M cluster_size=4k none+compress --jobs 4 --max-io 256k'
 		'block-512 block 4M cluster_size=512 none --jobs 1 --max-io 128k'
-		'block-1k-rc64 block 4M cluster_size=1k,refcount_bits=64 raw --jobs 1 --max-io 128k'
+		'block-1k-rc64 block 18M cluster_size=1k,refcount_bits=64 raw --jobs 1 --max-io 128k --fill'
 		'block-64k-overlay-snapshot block 6M cluster_size=64k raw+snapshot --jobs 2'
 		'block-16k-lazy-ext block 6M cluster_size=16k,extended_l2=on,lazy_refcounts=on qcow2 --jobs 4'
 		'block-2M-packed block 24M cluster_size=2M,compression_type=zstd packed --jobs 2'
