@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # Images of every feature, damaged in every structure: attach, reads and writes end well or with EIO, and where QEMU finds nothing wrong nothing is.
 # runs-on: host
-# timeout: 1200
+# timeout: 1800
 
 # usage: images.t [NAME:SEED]...
 # QCOW_IMAGES=N tries N damaged images, QCOW_SEED=N others; QCOW_SOAK=1 a thousand, with
@@ -178,8 +178,10 @@ cd "$WORK" || exit
 diag "${#trials[@]} damaged images, seed $seed; QEMU: ${verdicts[sound]} sound," \
 	"${verdicts[readable]} damaged but read, ${verdicts[bad]} neither; after ${SECONDS} s"
 
-ok "the guest gets through" "$tree/tests/guest/run" -k "$kernel" -c 1 \
-	-t $((120 + ${#trials[@]} * 4)) -d "$dir" -- tests/fuzz/trials "$dir"
+limit=$((120 + ${#trials[@]} * 4))
+[[ $kernel != debug ]] || limit=$((limit * 4))
+ok "the guest gets through" "$tree/tests/guest/run" -k "$kernel" -c 1 -t $limit \
+	-d "$dir" -- tests/fuzz/trials "$dir"
 grep -a '^WRONG: ' "$WORK/.out" >"$WORK/wrong"
 is "nothing but errors came of it" "$(<"$WORK/wrong")" ""
 while read -r _ name number _; do
