@@ -202,6 +202,19 @@ detach
 is "and does not make the file longer" "$(stat -c %s empty.qcow2)" "$size"
 check_clean empty.qcow2
 
+# Where a file that grows ends within a block, ext4 may write all of that back later, as
+# it was then, over what is being written to it directly.
+qemu-img create -q -f qcow2 -o cluster_size=512 small.qcow2 8M
+attach "$PWD/small.qcow2"
+odd=$(($(stat -c %s small.qcow2) % 4096))
+for ((i = 0; i < 8; i++)); do
+	xfs_io -d -c "pwrite -q ${i}M 1M" "$DEV"
+	odd+=" $(($(stat -c %s small.qcow2) % 4096))"
+done
+is "a file always grows to whole blocks" "$odd" "0 0 0 0 0 0 0 0 0"
+detach
+check_clean small.qcow2
+
 # Parts of it that have data: around 2 GiB, around 4 GiB, and behind all of it
 marks=(1M 2047M 4095M 5500M)
 marked() {

@@ -388,6 +388,7 @@ static int qcow_write_span(struct qcow_image *image, struct qcow_write *write,
 	int err;
 
 	*allocated = 0;
+	/* qcow_write_run() has looked. */
 	if (write->blank)
 		return 0;
 	err = qcow_l2_classify(image, qcow_l2_load(image, write->l2,
@@ -415,7 +416,7 @@ static int qcow_write_surround(struct qcow_image *image,
 	u64 last_base = base + ((u64)(write->count - 1) << image->cluster_bits);
 	unsigned int sub = qcow_subcluster(image, guest_offset);
 	unsigned int end_sub = qcow_subcluster(image, end - 1);
-	unsigned int other = 0;
+	unsigned int other;
 	u32 allocated;
 	int err;
 
@@ -429,6 +430,7 @@ static int qcow_write_surround(struct qcow_image *image,
 		(write->first_sub << image->subcluster_bits);
 
 	if (write->count > 1) {
+		other = 0;
 		write->last_sub = end_sub;
 		err = qcow_write_span(image, write, write->count - 1, &other,
 				      &write->last_sub, &allocated);
@@ -776,6 +778,7 @@ int qcow_write_begin(struct qcow_chain *chain, u64 guest_offset, u64 length,
 	if (err)
 		goto out_end;
 
+	/* All around is zero, and there. */
 	if (zeroed && write->blank && chain->depth == 1)
 		return 0;
 	if (qcow_fill_around(chain, write, guest_offset, head, tail))

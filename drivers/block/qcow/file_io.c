@@ -210,26 +210,13 @@ void qcow_file_release(struct qcow_file *f)
 	f->file = NULL;
 }
 
-/*
- * What the page cache has of a file that is written directly is of no use, and costs:
- * each write looks for it there.
- */
-static int qcow_file_drop_pages(struct qcow_file *f)
-{
-	int err = filemap_write_and_wait(f->file->f_mapping);
-
-	if (!err)
-		invalidate_inode_pages2(f->file->f_mapping);
-	return err;
-}
-
 /**
  * qcow_file_uncache - a file is going to be written
  * @f: the file; may be unused
  * @msg: where to say what is wrong
  *
- * If that is going to be direct, the page cache lets go of it. What others have written
- * is written back first.
+ * What the page cache has of a file that is written directly is of no use, and costs:
+ * each write looks for it there. What others have written is written back first.
  *
  * Context: may sleep for long.
  *
@@ -241,10 +228,12 @@ int qcow_file_uncache(struct qcow_file *f, struct qcow_message *msg)
 
 	if (!f->file || !f->direct)
 		return 0;
-	err = qcow_file_drop_pages(f);
+	err = filemap_write_and_wait(f->file->f_mapping);
 	if (err)
 		qcow_message_set(msg, "what others have written to %pD could not be written back: error %d",
 				 f->file, -err);
+	else
+		invalidate_inode_pages2(f->file->f_mapping);
 	return err;
 }
 
@@ -257,6 +246,17 @@ int qcow_file_uncache(struct qcow_file *f, struct qcow_message *msg)
 u64 qcow_file_size(const struct qcow_file *f)
 {
 	return i_size_read(f->file->f_mapping->host);
+}
+
+/**
+ * qcow_file_step - what the length of a file that grows is a multiple of
+ * @f: a regular file
+ *
+ * Return: bytes: whole blocks of the file system, and pages.
+ */
+u32 qcow_file_step(const struct qcow_file *f)
+{
+	return max_t(u32, PAGE_SIZE, i_blocksize(f->file->f_mapping->host));
 }
 
 /**
@@ -697,20 +697,20 @@ int qcow_file_allocate(struct qcow_file *f, u64 pos, u64 len)
  * @f: the file
  * @size: bytes
  *
- * Space that this adds reads as zeroes and takes no blocks. Some file systems clear the
- * rest of the last page for that, in the page cache.
+ * Space that this adds reads as zeroes and takes no blocks. Where the file ends within
+ * a block, ext4 since Linux 6.12 at the latest reads that into the page cache, clears
+ * the rest, and writes it back later, without waiting for direct writes to it that are
+ * under way: they would be undone. So while there are any, the length is made a
+ * multiple of qcow_file_step() only.
  *
  * Return: 0 or an errno.
  */
 int qcow_file_truncate(struct qcow_file *f, u64 size)
 {
-	bool partial = f->direct && !PAGE_ALIGNED(qcow_file_size(f));
 	const struct cred *old = override_creds(f->file->f_cred);
 	int err = qcow_fault(QCOW_FAULT_TRUNCATE) ?:
 		  vfs_truncate(&f->file->f_path, size);
 
 	revert_creds(old);
-	if (!err && partial)
-		err = qcow_file_drop_pages(f);
 	return err;
 }

@@ -566,6 +566,51 @@ static int qcow_image_extend_data(struct qcow_image *image,
 	return err;
 }
 
+/* Have whole blocks in the file, before anything is written: see qcow_file_truncate(). */
+static int qcow_image_fill_block(struct qcow_image *image,
+				 struct qcow_message *msg)
+{
+	u64 size, target;
+	int err;
+
+	if (image->file.bdev || !image->file.direct)
+		return 0;
+	size = qcow_file_size(&image->file);
+	target = round_up(size, qcow_file_step(&image->file));
+	if (target == size)
+		return 0;
+	err = qcow_file_truncate(&image->file, target);
+	if (err) {
+		qcow_message_set(msg, "%pD cannot be made longer: error %d",
+				 image->file.file, -err);
+		return err;
+	}
+	image->filled_from = size;
+	image->filled_to = target;
+	return 0;
+}
+
+/* Is what qcow_image_fill_block() has added still all there is at the end? */
+static bool qcow_image_fill_is_unused(struct qcow_image *image)
+{
+	u64 pos = round_down(image->filled_from, QCOW_SECTOR);
+	size_t len = image->filled_to - pos;
+	bool unused;
+	void *buf;
+
+	if (!image->filled_to ||
+	    qcow_file_size(&image->file) != image->filled_to)
+		return false;
+	buf = kmalloc(round_up(len, QCOW_BLOCK_SIZE), GFP_NOIO | __GFP_NOWARN);
+	if (!buf)
+		return false;
+	unused = !qcow_file_read(&image->file, buf, len, pos) &&
+		 !memchr_inv(buf + (image->filled_from - pos), 0,
+			     image->filled_to - image->filled_from);
+	kfree(buf);
+	return unused;
+}
+
 /*
  * What those autoclear bits stand for that the driver does not maintain is not so any
  * more after the first write: they are cleared, durably.
@@ -600,9 +645,10 @@ int qcow_image_begin(struct qcow_image *image, struct qcow_message *msg)
 {
 	if (!image->writable)
 		return 0;
-	return qcow_file_uncache(&image->file, msg) ?:
-	       qcow_file_uncache(&image->data, msg) ?:
+	return qcow_image_fill_block(image, msg) ?:
 	       qcow_image_extend_data(image, msg) ?:
+	       qcow_file_uncache(&image->file, msg) ?:
+	       qcow_file_uncache(&image->data, msg) ?:
 	       qcow_image_clear_autoclear(image) ?: qcow_bitmaps_mark(image);
 }
 
@@ -641,7 +687,8 @@ static int qcow_image_write_all(struct qcow_image *image)
 	flush_work(&image->corrupt_work);
 	if (err)
 		return err;
-	end = atomic64_read(&image->end_offset);
+	end = qcow_image_fill_is_unused(image) ? image->filled_from :
+						 atomic64_read(&image->end_offset);
 	if (!image->file.bdev && qcow_file_size(&image->file) > end)
 		err = qcow_file_truncate(&image->file, end);
 	if (!err)

@@ -142,6 +142,7 @@ void qcow_file_release(struct qcow_file *f);
 void qcow_fput(struct file *file);
 int qcow_file_uncache(struct qcow_file *f, struct qcow_message *msg);
 u64 qcow_file_size(const struct qcow_file *f);
+u32 qcow_file_step(const struct qcow_file *f);
 void qcow_file_units(const struct qcow_file *f, u32 *physical, u32 *optimal);
 bool qcow_file_gone(const struct qcow_file *f);
 void qcow_io_submit(struct qcow_io *io, struct qcow_file *f, loff_t pos,
@@ -495,6 +496,9 @@ struct qcow_image {
 	struct delayed_work commit_work;
 	struct work_struct reclaim_work;
 	struct work_struct corrupt_work;
+
+	u64 filled_from;		/* the file's length before ... */
+	u64 filled_to;			/* ... its last block was made whole, and then; or 0 */
 
 	struct mutex alloc_mutex;	/* what follows, and the refcounts */
 	u32 refcount_order;

@@ -306,6 +306,7 @@ out:
 static int qcow_extend(struct qcow_image *image, u64 end)
 {
 	u64 size = qcow_file_size(&image->file);
+	u64 step = qcow_file_step(&image->file);
 	u64 target;
 	int err;
 
@@ -315,10 +316,11 @@ static int qcow_extend(struct qcow_image *image, u64 end)
 	if (image->file.bdev)
 		return -ENOSPC;
 	target = end + clamp(end >> 3, QCOW_EXTEND_MIN, QCOW_EXTEND_MAX);
+	target = round_up(target, step);
 	err = qcow_file_truncate(&image->file, target);
 	if (err) {
 		/* Perhaps a limit on the size of files is near. */
-		target = end;
+		target = round_up(end, step);
 		err = qcow_file_truncate(&image->file, target);
 	}
 	if (err)

@@ -16,10 +16,10 @@
  * the file looks like one. To everybody else it is what it stands in the place of:
  * qcow_l2_load() gives 0, and a commit writes 0.
  *
- * When all of a block of the top layer's is resolved, or was never empty, the tables
- * of the layers below are of no use for it any more, and leave memory. Clusters that
- * have to be looked up every time prevent that. To look there again takes reading them
- * again, and nothing else.
+ * When all that a block of the top layer's leaves to those below has been resolved, the
+ * blocks of their L2 tables are of no use for it any more, and leave memory. Clusters that
+ * have to be looked up every time prevent that, as do those that were written before
+ * anybody had looked. Who does need such a block again reads it again.
  *
  * Two entries of a (strange) L1 table may lead to the same L2 table. Its blocks have
  * resolutions for the guest clusters of the first one that asked.
@@ -146,6 +146,17 @@ out:
 	return ret;
 }
 
+/* Does an entry leave anything to the layers below? */
+static bool qcow_l2_is_silent(const struct qcow_image *image,
+			      struct qcow_l2_entry entry)
+{
+	if (entry.descriptor & QCOW_OFLAG_COMPRESSED)
+		return false;
+	if (image->subclusters == 1)
+		return !(entry.descriptor & (QCOW_L2_OFFSET_MASK | QCOW_OFLAG_ZERO));
+	return ~(lower_32_bits(entry.bitmap) | upper_32_bits(entry.bitmap));
+}
+
 /*
  * Get a block ready for resolutions, of guest clusters from @cluster on. False if it
  * cannot have any.
@@ -154,7 +165,7 @@ static bool qcow_block_resolve_locked(struct qcow_image *image,
 				      struct qcow_block *block, u64 cluster)
 {
 	u64 clusters = DIV_ROUND_UP_ULL(image->size, qcow_cluster_size(image));
-	unsigned int i, empty = 0;
+	unsigned int i, silent = 0;
 	struct qcow_l2_entry entry;
 
 	lockdep_assert_held(&image->lock);
@@ -167,10 +178,10 @@ static bool qcow_block_resolve_locked(struct qcow_image *image,
 		entry = qcow_l2_load_raw(image, block, i);
 		if (qcow_is_tagged(entry.descriptor))
 			return false;
-		if (!entry.descriptor && !entry.bitmap && cluster + i < clusters)
-			empty++;
+		if (qcow_l2_is_silent(image, entry) && cluster + i < clusters)
+			silent++;
 	}
-	block->unresolved = empty;
+	block->unresolved = silent;
 	block->kind = QCOW_BLOCK_LINK;
 	block->resolved_from = cluster;
 	WRITE_ONCE(block->resolved, true);
@@ -186,28 +197,29 @@ static bool qcow_block_resolve_locked(struct qcow_image *image,
 static void qcow_resolved_drop_below(struct qcow_chain *chain, u64 cluster,
 				     unsigned int count)
 {
-	struct qcow_image *image = chain->layers[0];
+	const struct qcow_image *image = chain->layers[0];
 	u64 start = cluster << image->cluster_bits;
 	u64 end = start + ((u64)count << image->cluster_bits);
+	struct qcow_image *layer;
 	unsigned int i, index;
 	u64 at, step, where;
 	int err;
 
 	for (i = 1; i < chain->depth; i++) {
-		image = chain->layers[i];
-		if (image->format != QCOW_FORMAT_QCOW2)
+		layer = chain->layers[i];
+		if (layer->format != QCOW_FORMAT_QCOW2)
 			continue;
-		step = (u64)qcow_l2_per_block(image) << image->cluster_bits;
-		for (at = start & ~(step - 1); at < min(end, image->size);
+		step = (u64)qcow_l2_per_block(layer) << layer->cluster_bits;
+		for (at = start & ~(step - 1); at < min(end, layer->size);
 		     at += step) {
-			if (at + step > end && end < image->size)
+			if (at + step > end && end < layer->size)
 				break;
 			rcu_read_lock();
-			err = qcow_l2_find(image, at, true, &where, &index);
+			err = qcow_l2_find(layer, at, true, &where, &index);
 			rcu_read_unlock();
 			if (!err && !(where & QCOW_BLOCK_VIRTUAL))
-				qcow_cache_drop(image, where,
-						qcow_block_size(image));
+				qcow_cache_drop(layer, where,
+						qcow_block_size(layer));
 		}
 		cond_resched();
 	}
@@ -267,8 +279,8 @@ void qcow_resolved_keep(struct qcow_chain *chain, u64 guest_offset,
 			continue;
 		entry.descriptor = qcow_resolution(layer, type, host_offset);
 		qcow_l2_store_locked(image, block, index, entry);
-		if (type != QCOW_EXTENT_UNALLOCATED && block->unresolved &&
-		    !--block->unresolved)
+		if ((type == QCOW_EXTENT_DATA || type == QCOW_EXTENT_ZERO) &&
+		    block->unresolved && !--block->unresolved)
 			full = true;
 	}
 out:

@@ -12,7 +12,8 @@
  *    entry that leads somewhere empties its places under the same lock.
  *  - What is found is what the xarray has: with the last pin a block is taken out here
  *    first, so that nobody reads it again as long as it can be found. (One that is
- *    dropped while others have pins is of a table that no L1 entry leads to.)
+ *    dropped while others have pins is of a table that no L1 entry leads to, or of a
+ *    layer that never changes: then two copies say the same.)
  *  - What is found stays in memory as long as the RCU read section: who puts a block
  *    there has a pin, and it is taken out before its memory is given back.
  *  - A block is in one place at most, that of its key, so that is where to take it out.

@@ -654,7 +654,9 @@ void qcow_block_written(struct qcow_block *block, bool ok)
  * @len: bytes
  *
  * For clusters to which nothing points any more: whatever is written there next,
- * it is not what the cache holds. And for tables that are of no more use.
+ * it is not what the cache holds. And for tables of layers that never change, which
+ * are of no more use: who still uses a block, or reads it just now, may have another
+ * copy of it than who asks next, and both are right.
  *
  * Context: may sleep.
  *
