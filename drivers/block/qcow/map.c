@@ -654,8 +654,17 @@ static int qcow_map_long(struct qcow_chain *chain, u64 guest_offset, u64 length,
 			 bool cached, struct qcow_extent *extent,
 			 unsigned int *layer)
 {
+	u64 left = chain->layers[0]->size - guest_offset;
 	int found, err;
 
+	length = min(length, left);
+	/* A resolution stands where the top layer has nothing. */
+	found = qcow_resolved_find(chain, guest_offset, length, extent, layer);
+	if (found > 0 && extent->type != QCOW_EXTENT_UNALLOCATED)
+		return 0;
+	if (found > 0)
+		return qcow_map_walk(chain, guest_offset, extent->length, cached,
+				     extent, layer);
 	if (!*layer) {
 		err = qcow_map_one(chain->layers[0], guest_offset, length,
 				   cached, extent);
@@ -663,17 +672,11 @@ static int qcow_map_long(struct qcow_chain *chain, u64 guest_offset, u64 length,
 			return err;
 		length = extent->length;
 	}
-	found = qcow_resolved_find(chain, guest_offset, length, extent, layer);
 	if (!found)
 		return cached ? -EAGAIN :
 				qcow_map_resolve(chain, guest_offset, length,
 						 extent, layer);
-	if (found > 0 && extent->type != QCOW_EXTENT_UNALLOCATED)
-		return 0;
-	if (found > 0)
-		length = extent->length;
-	else
-		*layer = 1;
+	*layer = 1;
 	return qcow_map_walk(chain, guest_offset, length, cached, extent, layer);
 }
 

@@ -88,16 +88,16 @@ static u64 qcow_resolved_load(struct qcow_image *image,
 /**
  * qcow_resolved_find - what is remembered of a guest range
  * @chain: with more than two layers
- * @guest_offset: bytes; the top layer has nothing there
- * @length: bytes that this holds for, at least 1
+ * @guest_offset: bytes, on the disk
+ * @length: bytes that are of interest, at least 1, all on the disk
  * @extent: out: DATA, ZERO; or UNALLOCATED: then only @length is set, and the rest
  *	is to be looked up from @layer on
  * @layer: out: which one it is from
  *
  * Context: any; does not sleep.
  *
- * Return: 1 if something is; 0 if nothing is yet; -ENOENT if nothing ever is, since
- * the top layer's entry is in use for something.
+ * Return: 1 if something is, so that the top layer has nothing there; 0 if nothing is
+ * yet; -ENOENT if nothing ever is, since the top layer's entry is in use for something.
  */
 int qcow_resolved_find(struct qcow_chain *chain, u64 guest_offset, u64 length,
 		       struct qcow_extent *extent, unsigned int *layer)
