@@ -4,7 +4,7 @@
 # kernels: 6.1 debug
 # quick: 6.1
 # cpus: 2
-# timeout: 900
+# timeout: 1500
 
 # shellcheck source=tests/functional/cells.sh
 . "$(dirname "$0")/cells.sh"
