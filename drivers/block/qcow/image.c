@@ -590,7 +590,10 @@ static int qcow_image_fill_block(struct qcow_image *image,
 	return 0;
 }
 
-/* Is what qcow_image_fill_block() has added still all there is at the end? */
+/*
+ * Is what qcow_image_fill_block() has added still all there is at the end? Clusters
+ * that were taken there are in use, though they may hold zeroes.
+ */
 static bool qcow_image_fill_is_unused(struct qcow_image *image)
 {
 	u64 pos = round_down(image->filled_from, QCOW_SECTOR);
@@ -599,7 +602,9 @@ static bool qcow_image_fill_is_unused(struct qcow_image *image)
 	void *buf;
 
 	if (!image->filled_to ||
-	    qcow_file_size(&image->file) != image->filled_to)
+	    qcow_file_size(&image->file) != image->filled_to ||
+	    atomic64_read(&image->end_offset) !=
+	    round_up(image->filled_from, (u64)qcow_cluster_size(image)))
 		return false;
 	buf = kmalloc(round_up(len, QCOW_BLOCK_SIZE), GFP_NOIO | __GFP_NOWARN);
 	if (!buf)
