@@ -216,15 +216,15 @@ detach
 check_clean small.qcow2
 
 # What it was made longer by for that is cut off again, if no cluster was taken there.
-qemu-img create -q -f qcow2 -o cluster_size=512 small.qcow2 8M
+qemu-img create -q -f qcow2 -o cluster_size=2k,refcount_bits=1 small.qcow2 8M
 for ((i = 0; i < 8; i++)); do
 	attach "$PWD/small.qcow2"
-	xfs_io -d -c "pwrite -q -S $((i == 0)) $((i * 512)) 512" "$DEV"
+	xfs_io -d -c "pwrite -q -S $((i == 0)) $((i * 2048)) 2048" "$DEV"
 	detach
 done
 check_clean small.qcow2
 attach --read-only "$PWD/small.qcow2"
-ok "clusters of zeroes at the end of the file are still there" cmp -n 3584 -i 512:0 "$DEV" /dev/zero
+ok "clusters of zeroes at the end of the file are still there" cmp -n 14336 -i 2048:0 "$DEV" /dev/zero
 detach
 
 # Parts of it that have data: around 2 GiB, around 4 GiB, and behind all of it
