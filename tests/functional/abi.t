@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # The control node treats callers of other sizes, unknown flags, bad pointers and those who may not as Documentation/abi.rst says, and 32-bit callers like others.
 # kernels: 6.1 debug
+# quick: 6.1
 # timeout: 300
 
 # shellcheck source=tests/functional/common.sh

@@ -36,7 +36,7 @@
 # shellcheck source=tests/functional/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-CELL_OPS=${QCOW_OPS:-5000}
+CELL_OPS=${QCOW_OPS:-$((5000 / SHARE))}
 OPS_DONE=0
 CELLS_DONE=0
 

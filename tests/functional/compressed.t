@@ -163,11 +163,13 @@ done
 # zeroes in its place.
 # past_end TYPE: the last data of the image goes on behind the end of the file
 past_end() {
-	local n entry at=0 last
+	local n entry at=0 last entries
 
 	pack x.qcow2 "cluster_size=64k,compression_type=$1" || return
+	mapfile -t entries < <(od -An -v -tx8 --endian=big -w8 -j "$(l2_entry x.qcow2 0)" \
+		-N $((8 * (SIZE >> 16))) x.qcow2 | sed 's/^ */0x/')
 	for ((n = 0; n < SIZE >> 16; n++)); do
-		entry=$(word x.qcow2 "$(l2_entry x.qcow2 $n)")
+		entry=$((entries[n]))
 		if ((entry >> 62 == 1 && (entry & ((1 << 54) - 1)) > at)); then
 			at=$((entry & ((1 << 54) - 1))) last=$n
 		fi
@@ -322,7 +324,7 @@ cells=(
 	'cs=2M,size=24M,packed=zstd'
 	'v=2,cs=64k,packed=zlib,chain=raw'
 	'cs=64k,ext=1,packed=zlib,jobs=4'
-	'cs=512,packed=zlib,chain=packed,rc=64,jobs=4'
+	'cs=512,packed=zlib,chain=packed,rc=64,jobs=4,size=4M'
 	'cs=4k,packed=zlib,rc=1,discard=keep'
 	'cs=16k,ext=1,packed=zstd,chain=packed,snap=1,jobs=8'
 	'cs=64k,packed=zlib,io=buffered,dev=buffered,size=8388908'
@@ -332,7 +334,7 @@ if [[ $QUICK ]]; then
 	cells=("${cells[@]:0:7}")
 	CELL_OPS=500
 else
-	CELL_OPS=1500
+	CELL_OPS=$((1500 / SHARE))
 fi
 for cell in "${cells[@]}"; do
 	run_cell "$cell"

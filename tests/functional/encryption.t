@@ -13,7 +13,7 @@ need_driver
 cd "$WORK" || exit
 # AES is slow where the CPU is emulated.
 CELL_OPS=${QCOW_OPS:-${QUICK:+300}}
-CELL_OPS=${CELL_OPS:-800}
+CELL_OPS=${CELL_OPS:-$((800 / SHARE))}
 
 # create NAME FORMAT KEYFILE [OPTION,...] [ARGUMENT]...: an encrypted image of 8M, or SIZE
 create() {

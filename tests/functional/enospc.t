@@ -11,7 +11,7 @@
 need_driver
 modprobe loop 2>/dev/null
 cd "$WORK" || exit
-ops=2000
+ops=$((2000 / SHARE))
 if [[ $QUICK ]]; then
 	ops=500
 fi

@@ -39,7 +39,7 @@ works() { set_storage "0 $sectors linear $LOOP 0"; }
 fails() { set_storage "0 $sectors flakey $LOOP 0 0 60 ${1+1 }${1-}"; }
 
 rounds=12
-ops=3000
+ops=$((3000 / SHARE))
 if [[ $QUICK ]]; then
 	rounds=3
 	ops=600

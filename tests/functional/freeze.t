@@ -15,7 +15,7 @@ need_driver
 cd "$WORK" || exit
 # Where all takes long, who waits does so for longer than the kernel thinks right.
 echo 600 2>/dev/null >/proc/sys/kernel/hung_task_timeout_secs
-ops=3000 checks=3
+ops=$((3000 / SHARE)) checks=3
 if [[ $QUICK ]]; then
 	ops=400 checks=2
 fi

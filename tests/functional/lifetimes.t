@@ -11,7 +11,7 @@
 
 need_driver
 cd "$WORK" || exit
-many=24 overlays=50 total=1000 tugs=30 kill_rounds=100
+many=24 overlays=50 total=$((1000 / SHARE)) tugs=30 kill_rounds=$((100 / SHARE))
 if [[ $QUICK ]]; then
 	many=8 overlays=6 total=40 tugs=10 kill_rounds=10
 fi

@@ -15,7 +15,7 @@
 # A few clusters, many jobs, and as many discards as writes make that likely.
 
 need_driver
-CELL_OPS=10000
+CELL_OPS=$((10000 / SHARE))
 if [[ ${QCOW_SOAK-} ]]; then
 	CELL_OPS=100000
 elif [[ $QUICK ]]; then

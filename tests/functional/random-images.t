@@ -383,7 +383,7 @@ one_image() {
 
 need_driver
 IMAGES=0 SNAPSHOTS_READ=0
-ops=300 count=20
+ops=300 count=$((20 / SHARE))
 if [[ ${QCOW_SOAK-} ]]; then
 	count=200
 elif [[ $QUICK ]]; then
