@@ -157,6 +157,14 @@ ln ok.qcow2 hard.qcow2
 attach -n 7 ok.qcow2
 ok "detach by another name of the image" "$QCOWCTL" detach hard.qcow2
 forget /dev/qcow7
+odd=$'new\nline.qcow2'
+cp ok.qcow2 "$odd"
+attach -n 7 "$odd"
+is "a name of two lines is one in the list" \
+	"$("$QCOWCTL" list -n -o name,image | grep -cxF "/dev/qcow7 $WORK/new\012line.qcow2")" 1
+ok "it can be checked, by its device" "$QCOWCTL" check 7
+ok "and be detached by that name" "$QCOWCTL" detach "$odd"
+forget /dev/qcow7
 
 # Who is in the way
 attach -n 7 ok.qcow2
