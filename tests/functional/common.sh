@@ -290,7 +290,8 @@ kernel_reports() {
 
 	all=$(dmesg | sed 's/^\[[^]]*\] //')
 	printf '%s\n' "$all" | tail -n "+$((KMSG_SEEN + 1))" |
-		grep -E 'BUG:|WARNING:|KASAN|UBSAN|Oops|general protection|lockdep|possible (circular|recursive)|inconsistent lock|suspicious RCU|INFO: task|kmemleak|sleeping function|refcount_t'
+		grep -E 'BUG:|WARNING:|KASAN|UBSAN|Oops|general protection|lockdep|possible (circular|recursive)|inconsistent lock|suspicious RCU|INFO: task|kmemleak|sleeping function|refcount_t' |
+		grep -v 'kmemleak: Cannot allocate'
 	KMSG_SEEN=$(printf '%s\n' "$all" | wc -l)
 }
 
