@@ -23,6 +23,12 @@ is "what it writes into a directory is here" "$(<file)" hi
 "$run" -t 60 -- sleep 600 >out 2>err
 is "a command that does not end" $? 124
 like "is told" "$(<err)" 'no end after 60 seconds: sleep 600'
+like "with what its CPUs did" "$(<err)" 'NMI received'
+make -s -C "$HERE/src" O="$WORK" "$WORK/tsc-khz"
+khz=$("$WORK/tsc-khz")
+"$run" -- dmesg >out 2>err
+is "its clock is as fast as ours" "$(sed -n 's/.*tsc: Detected \([0-9]*\)\..*/\1/p' out)" \
+	$((khz / 1000))
 "$run" -- sh -c 'echo "<1>BUG: planted by the test" >/dev/kmsg' >out 2>err
 is "what the kernel reports" $? 126
 like "is shown" "$(<err)" 'BUG: planted by the test'
