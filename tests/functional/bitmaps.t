@@ -213,6 +213,52 @@ detach
 is "2^31 bits and more" "$(bits many.qcow2 map)" "0+0.5 1048576+2097152 1468006400+4"
 check_clean many.qcow2 "2^31 bits"
 
+# clone_bitmap IMAGE COUNT DISABLED: so many copies of its only bitmap, the last few of them
+# disabled; nobody has counted what their tables take
+clone_bitmap() {
+	# shellcheck disable=SC2016 # for perl
+	perl -e '
+		my ($name, $count, $disabled) = @ARGV;
+		my $align = sub { ($_[0] + 511) & ~511 };
+		open my $f, "+<", $name or die;
+		my $get = sub { my $s; seek $f, $_[0], 0; read $f, $s, $_[1]; $s };
+		my $put = sub { seek $f, $_[0], 0; print $f $_[1] };
+		my $at = unpack "N", $get->(100, 4);
+		for (;;) {
+			my ($type, $length) = unpack "NN", $get->($at, 8);
+			last if $type == 0x23852875;
+			die if !$type;
+			$at += 8 + ($length + 7 & ~7);
+		}
+		my $entry = $get->(unpack "Q>Q>", $get->($at + 24, 8) . $get->($at + 16, 8));
+		my $end = $align->(-s $f);
+		my $all = "";
+		for my $i (0 .. $count - 1) {
+			substr $entry, 0, 8, pack "Q>", $end + 512 * $i;
+			substr $entry, 12, 4, pack "N", $i >= $count - $disabled ? 0 : 2;
+			substr $entry, 24, 4, sprintf "%04d", $i;
+			$all .= $entry;
+		}
+		my $directory = $end + 512 * $count;
+		$put->($directory, $all);
+		$put->($align->($directory + length $all) - 1, "\0");
+		$put->($at + 8, pack "NNQ>Q>", $count, 0, length $all, $directory);' "$@"
+}
+qemu-img create -q -f qcow2 -o cluster_size=512 limit.qcow2 64M
+qemu-img bitmap --add limit.qcow2 name
+cp limit.qcow2 most.qcow2
+clone_bitmap limit.qcow2 1025 0
+clone_bitmap most.qcow2 1030 6
+not_ok "1025 that are enabled are refused" try_attach "$PWD/limit.qcow2"
+like "and what to do is said" "$(<"$WORK/.err")" \
+	'more than 1024 of its bitmaps are enabled; attach it read-only, or disable some'
+"$QCOWCTL" attach "$PWD/limit.qcow2" 2>/dev/null
+is "as what is not supported" $? 3
+ok "1024 are not, whatever others there are" try_attach "$PWD/most.qcow2"
+detach
+is "they are kept up" "$(qemu-img info --output=json most.qcow2 |
+	jq '[."format-specific".data.bitmaps[].flags | select(. == ["auto"])] | length')" 1024
+
 # With subclusters, tiny counts, a data file
 for options in extended_l2=on refcount_bits=1,cluster_size=4k lazy_refcounts=on \
 	data_file=with.data; do
