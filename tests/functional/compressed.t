@@ -158,6 +158,36 @@ for ((i = 0; i < 3; i++)); do
 	detach
 done
 
+# Without the last bytes of the file the data is right (its end mark may be all that is
+# missing), or cannot be read; also when the file has become longer.
+base64 -w 0 /dev/urandom | head -c 64k >letters
+cuts_are_noticed() {
+	local desc=$1 cut bad='' n=0
+	shift
+
+	for cut in 1 5 20 100 1000; do
+		cp whole.qcow2 cut.qcow2
+		truncate -s -$cut cut.qcow2
+		try_attach "$@" "$PWD/cut.qcow2" || bad+="$cut: $(<"$WORK/.err") "
+		[[ $desc != *written ]] || xfs_io -d -c 'pwrite -q -b 1M 2M 8M' -c fsync "$DEV"
+		if dd if="$DEV" of=read bs=64k count=1 iflag=direct status=none 2>/dev/null; then
+			cmp -s letters read || bad+="$cut: it reads otherwise "
+		else
+			n=$((n + 1))
+		fi
+		detach
+	done
+	is "cut data is not made up ($desc, $n of 5 cannot be read)" "$bad" ''
+	ok "cut data cannot be read ($desc)" test $n -ge 3
+}
+for type in zlib zstd; do
+	qemu-img create -q -f qcow2 -o compression_type=$type whole.qcow2 16M
+	qemu-io -f qcow2 -c 'write -q -c -s letters 0 64k' whole.qcow2
+	cuts_are_noticed $type --read-only
+	cuts_are_noticed "$type, writable"
+	cuts_are_noticed "$type, written"
+done
+
 # Data may end before the sectors that its entry names do, and so may the file. If the
 # file ends first, that is damage to this data alone; zlib would make something of
 # zeroes in its place.

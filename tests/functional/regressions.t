@@ -215,6 +215,18 @@ is "a file always grows to whole blocks" "$odd" "0 0 0 0 0 0 0 0 0"
 detach
 check_clean small.qcow2
 
+# Also where a write fills the last cluster, of which only the beginning was in the file.
+qemu-img create -q -f qcow2 -o extended_l2=on part.qcow2 8M
+qemu-io -f qcow2 -c 'write -q 0 512' part.qcow2
+was=$(stat -c %s part.qcow2)
+ok "a file that has a part of its last cluster ($was bytes)" test $((was % 65536)) -ne 0
+attach "$PWD/part.qcow2"
+odd=$(($(stat -c %s part.qcow2) % 65536))
+xfs_io -d -c 'pwrite -q 2k 512' "$DEV"
+is "it has all of it before it is written" "$odd $(($(stat -c %s part.qcow2) % 65536))" "0 0"
+detach
+check_clean part.qcow2
+
 # What it was made longer by for that is cut off again, if no cluster was taken there.
 qemu-img create -q -f qcow2 -o cluster_size=2k,refcount_bits=1 small.qcow2 8M
 for ((i = 0; i < 8; i++)); do

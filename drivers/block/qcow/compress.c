@@ -309,6 +309,7 @@ static int qcow_unpack_fill(struct qcow_image *image,
 			    struct qcow_unpacked *unpacked)
 {
 	u64 size = qcow_file_size(&image->file);
+	u64 old_size = READ_ONCE(image->old_size);
 	u64 host_offset, start;
 	struct iov_iter iter;
 	u32 length, skip;
@@ -327,8 +328,10 @@ static int qcow_unpack_fill(struct qcow_image *image,
 						     skip + length);
 		/*
 		 * What a file lacks that has been cut is zero, of which zlib would
-		 * make something. Once we have made it longer, there is no telling.
+		 * make something.
 		 */
+		if (old_size > host_offset)
+			size = old_size;
 		length = min_t(u64, length,
 			       size > host_offset ? size - host_offset : 0);
 		err = qcow_codec(image)->unpack(unpacker,

@@ -252,11 +252,15 @@ u64 qcow_file_size(const struct qcow_file *f)
  * qcow_file_step - what the length of a file that grows is a multiple of
  * @f: a regular file
  *
- * Return: bytes: whole blocks of the file system, and pages.
+ * Return: bytes: whole blocks of the file system, and pages. (A network file system
+ * calls a block what it transfers at once.)
  */
 u32 qcow_file_step(const struct qcow_file *f)
 {
-	return max_t(u32, PAGE_SIZE, i_blocksize(f->file->f_mapping->host));
+	struct inode *inode = f->file->f_mapping->host;
+
+	return inode->i_sb->s_bdev ? max_t(u32, PAGE_SIZE, i_blocksize(inode)) :
+				     PAGE_SIZE;
 }
 
 /**

@@ -566,52 +566,57 @@ static int qcow_image_extend_data(struct qcow_image *image,
 	return err;
 }
 
-/* Have whole blocks in the file, before anything is written: see qcow_file_truncate(). */
-static int qcow_image_fill_block(struct qcow_image *image,
-				 struct qcow_message *msg)
+/*
+ * Before anything is written, have all of the last cluster in the file, and whole
+ * blocks: see qcow_file_truncate().
+ */
+static int qcow_image_fill_end(struct qcow_image *image)
 {
-	u64 size, target;
+	u64 size = qcow_file_size(&image->file);
+	u64 end = atomic64_read(&image->end_offset);
+	u64 target = round_up(end, qcow_file_step(&image->file));
 	int err;
 
-	if (image->file.bdev || !image->file.direct)
+	if (image->file.bdev)
 		return 0;
-	size = qcow_file_size(&image->file);
-	target = round_up(size, qcow_file_step(&image->file));
-	if (target == size)
+	image->old_size = size;
+	if (!image->file.direct || target == size)
 		return 0;
 	err = qcow_file_truncate(&image->file, target);
-	if (err) {
-		qcow_message_set(msg, "%pD cannot be made longer: error %d",
-				 image->file.file, -err);
+	if (err)
 		return err;
-	}
-	image->filled_from = size;
 	image->filled_to = target;
+	image->zero_from = end;
+	image->zero_to = target;
 	return 0;
 }
 
 /*
- * Is what qcow_image_fill_block() has added still all there is at the end? Clusters
- * that were taken there are in use, though they may hold zeroes.
+ * Is what qcow_image_fill_end() has added still all there is at the end, and nothing
+ * in it? Clusters that were taken there are in use, though they may hold zeroes.
  */
 static bool qcow_image_fill_is_unused(struct qcow_image *image)
 {
-	u64 pos = round_down(image->filled_from, QCOW_SECTOR);
-	size_t len = image->filled_to - pos;
-	bool unused;
+	u64 pos = round_down(image->old_size, QCOW_BLOCK_SIZE);
+	u32 skip = image->old_size - pos;
+	bool unused = true;
 	void *buf;
 
-	if (!image->filled_to ||
+	if (!image->filled_to || !image->old_size ||
 	    qcow_file_size(&image->file) != image->filled_to ||
 	    atomic64_read(&image->end_offset) !=
-	    round_up(image->filled_from, (u64)qcow_cluster_size(image)))
+	    round_up(image->old_size, (u64)qcow_cluster_size(image)))
 		return false;
-	buf = kmalloc(round_up(len, QCOW_BLOCK_SIZE), GFP_NOIO | __GFP_NOWARN);
+	buf = kmalloc(QCOW_BLOCK_SIZE, GFP_NOIO | __GFP_NOWARN);
 	if (!buf)
 		return false;
-	unused = !qcow_file_read(&image->file, buf, len, pos) &&
-		 !memchr_inv(buf + (image->filled_from - pos), 0,
-			     image->filled_to - image->filled_from);
+	while (unused && pos < image->filled_to) {
+		unused = !qcow_file_read(&image->file, buf, QCOW_BLOCK_SIZE,
+					 pos) &&
+			 !memchr_inv(buf + skip, 0, QCOW_BLOCK_SIZE - skip);
+		pos += QCOW_BLOCK_SIZE;
+		skip = 0;
+	}
 	kfree(buf);
 	return unused;
 }
@@ -634,6 +639,45 @@ static int qcow_image_clear_autoclear(struct qcow_image *image)
 					&autoclear, sizeof(autoclear));
 }
 
+struct qcow_image_job {
+	struct work_struct work;
+	struct qcow_image *image;
+	int (*fn)(struct qcow_image *image);
+	int err;
+};
+
+static void qcow_image_job_fn(struct work_struct *work)
+{
+	struct qcow_image_job *job =
+		container_of(work, struct qcow_image_job, work);
+	unsigned int scope = qcow_io_scope_enter();
+
+	job->err = job->fn(job->image);
+	qcow_io_scope_exit(scope);
+}
+
+/*
+ * In a worker: the caller may be about to be killed, or may have a limit on the
+ * size of files, and neither is a reason to lose what was not flushed. One that is a
+ * worker already does it itself: if its queue is being frozen, it is waited for, and
+ * must not wait for what does not run any more.
+ */
+static int qcow_image_do(struct qcow_image *image, struct workqueue_struct *wq,
+			 int (*fn)(struct qcow_image *image))
+{
+	struct qcow_image_job job = { .image = image, .fn = fn };
+
+	if (current_work()) {
+		qcow_image_job_fn(&job.work);
+		return job.err;
+	}
+	INIT_WORK_ONSTACK(&job.work, qcow_image_job_fn);
+	queue_work(wq, &job.work);
+	flush_work(&job.work);
+	destroy_work_on_stack(&job.work);
+	return job.err;
+}
+
 /**
  * qcow_image_begin - the image is about to be written, if it is writable
  * @image: just opened, its bitmaps are loaded
@@ -648,10 +692,17 @@ static int qcow_image_clear_autoclear(struct qcow_image *image)
  */
 int qcow_image_begin(struct qcow_image *image, struct qcow_message *msg)
 {
+	int err;
+
 	if (!image->writable)
 		return 0;
-	return qcow_image_fill_block(image, msg) ?:
-	       qcow_image_extend_data(image, msg) ?:
+	err = qcow_image_do(image, image->wq, qcow_image_fill_end);
+	if (err) {
+		qcow_message_set(msg, "%pD cannot be made longer: error %d",
+				 image->file.file, -err);
+		return err;
+	}
+	return qcow_image_extend_data(image, msg) ?:
 	       qcow_file_uncache(&image->file, msg) ?:
 	       qcow_file_uncache(&image->data, msg) ?:
 	       qcow_image_clear_autoclear(image) ?: qcow_bitmaps_mark(image);
@@ -692,7 +743,7 @@ static int qcow_image_write_all(struct qcow_image *image)
 	flush_work(&image->corrupt_work);
 	if (err)
 		return err;
-	end = qcow_image_fill_is_unused(image) ? image->filled_from :
+	end = qcow_image_fill_is_unused(image) ? image->old_size :
 						 atomic64_read(&image->end_offset);
 	if (!image->file.bdev && qcow_file_size(&image->file) > end)
 		err = qcow_file_truncate(&image->file, end);
@@ -704,45 +755,6 @@ static int qcow_image_write_all(struct qcow_image *image)
 static int qcow_image_write_dirty(struct qcow_image *image)
 {
 	return qcow_commit_all(image) ?: qcow_image_clear_dirty(image);
-}
-
-struct qcow_finish {
-	struct work_struct work;
-	struct qcow_image *image;
-	int (*fn)(struct qcow_image *image);
-	int err;
-};
-
-static void qcow_finish_work_fn(struct work_struct *work)
-{
-	struct qcow_finish *finish = container_of(work, struct qcow_finish, work);
-	unsigned int scope = qcow_io_scope_enter();
-
-	finish->err = finish->fn(finish->image);
-	qcow_io_scope_exit(scope);
-}
-
-/*
- * In a worker: the caller may be about to be killed, or may have a limit on the
- * size of files, and neither is a reason to lose what was not flushed. One that is a
- * worker already does it itself: if its queue is being frozen, it is waited for, and
- * must not wait for what does not run any more.
- */
-static int qcow_image_finish(struct qcow_image *image,
-			     struct workqueue_struct *wq,
-			     int (*fn)(struct qcow_image *image))
-{
-	struct qcow_finish finish = { .image = image, .fn = fn };
-
-	if (current_work()) {
-		qcow_finish_work_fn(&finish.work);
-		return finish.err;
-	}
-	INIT_WORK_ONSTACK(&finish.work, qcow_finish_work_fn);
-	queue_work(wq, &finish.work);
-	flush_work(&finish.work);
-	destroy_work_on_stack(&finish.work);
-	return finish.err;
 }
 
 /**
@@ -759,7 +771,7 @@ static int qcow_image_finish(struct qcow_image *image,
  */
 int qcow_image_settle(struct qcow_image *image)
 {
-	return qcow_image_finish(image, image->wq, qcow_image_write_dirty);
+	return qcow_image_do(image, image->wq, qcow_image_write_dirty);
 }
 
 /**
@@ -782,7 +794,7 @@ int qcow_image_close(struct qcow_image *image)
 	 * Freezable like image->wq, which is waited for and so cannot do it.
 	 */
 	if (image->writable)
-		err = qcow_image_finish(image, system_freezable_wq,
+		err = qcow_image_do(image, system_freezable_wq,
 					qcow_image_write_all);
 
 	mutex_lock(&qcow_images_mutex);

@@ -497,8 +497,9 @@ struct qcow_image {
 	struct work_struct reclaim_work;
 	struct work_struct corrupt_work;
 
-	u64 filled_from;		/* the file's length before ... */
-	u64 filled_to;			/* ... its last block was made whole, and then; or 0 */
+	u64 old_size;			/* the file's length, when it was opened; 0 */
+					/* once the cluster there has been taken */
+	u64 filled_to;			/* what qcow_image_fill_end() made it, or 0 */
 
 	struct mutex alloc_mutex;	/* what follows, and the refcounts */
 	u32 refcount_order;

@@ -220,8 +220,8 @@ static void qcow_resolved_drop_below(struct qcow_chain *chain, u64 cluster,
 			if (!err && !(where & QCOW_BLOCK_VIRTUAL))
 				qcow_cache_drop(layer, where,
 						qcow_block_size(layer));
+			cond_resched();
 		}
-		cond_resched();
 	}
 }
 
