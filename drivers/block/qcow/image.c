@@ -795,7 +795,7 @@ int qcow_image_close(struct qcow_image *image)
 	 */
 	if (image->writable)
 		err = qcow_image_do(image, system_freezable_wq,
-					qcow_image_write_all);
+				    qcow_image_write_all);
 
 	mutex_lock(&qcow_images_mutex);
 	last = refcount_dec_and_test(&image->kref.refcount);

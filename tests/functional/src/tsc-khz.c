@@ -8,7 +8,7 @@
 #include <stdio.h>
 #include <time.h>
 
-#if defined(__x86_64__) || defined(__i386__)
+#if __has_include(<x86intrin.h>)
 #include <x86intrin.h>
 
 struct sample {
