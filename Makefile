@@ -21,7 +21,8 @@ help:
 	@echo
 	@echo 'Testing (installs what it needs on Debian; kernels go to the cache):'
 	@echo '  test       everything, under several kernels in virtual machines;'
-	@echo '             QUICK=1 leaves out under other kernels than 6.1 what takes long'
+	@echo '             QUICK=1 leaves out under other kernels than 6.1 what takes long,'
+	@echo '             and does a quarter of what is done many times'
 	@echo '  check      static checks'
 	@echo '  kunit      unit tests of the driver'
 	@echo '  coverage   which lines of the driver the tests execute'
