@@ -40,7 +40,7 @@ fi
 PATH=$TEST_BIN:$PATH:/usr/sbin:/sbin
 QCOWCTL=${QCOWCTL:-qcowctl}
 # What is done many times is done so many times less often: tests/run -q asks for 4.
-SHARE=${QCOW_SHARE:-1}
+export SHARE=${QCOW_SHARE:-1}
 # The debug kernel is several times slower.
 export QUICK=${QCOW_QUICK:-}
 if [[ ${TEST_KERNEL-} == *debug* ]]; then

@@ -8,7 +8,7 @@
 #include <stdio.h>
 #include <time.h>
 
-#if __has_include(<x86intrin.h>)
+#ifdef __x86_64__
 #include <x86intrin.h>
 
 struct sample {
