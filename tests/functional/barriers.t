@@ -13,16 +13,6 @@ need_driver
 cd "$WORK" || exit
 need_fsyncs
 
-# Five seconds after the first change since all was clean there is a commit, and that
-# counts, too. timely DESC CMD...: skip what comes so late.
-timely() {
-	if ((SECONDS - clean_since >= 4)); then
-		skip "$1" "too slow"
-	else
-		ok "$@"
-	fi
-}
-
 # flushed: from here on all is clean; not so counts that may wait.
 flushed() {
 	[[ $kind == lazy_refcounts=on ]] || clean_since=$SECONDS

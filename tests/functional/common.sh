@@ -274,6 +274,17 @@ fsyncs() {
 	FSYNCS=$(grep -c 'ext4_sync_file_enter:' /sys/kernel/tracing/trace)
 }
 
+# timely DESC CMD...: CMD succeeds, or the result is skipped. Five seconds after the first
+# change since all was clean, which the test knows as $clean_since, there is a commit, whose
+# barriers count, too.
+timely() {
+	if ((SECONDS - clean_since >= 4)); then
+		skip "$1" "too slow"
+	else
+		ok "$@"
+	fi
+}
+
 check_clean() {
 	ok "qemu-img check finds nothing in ${1##*/}${2:+ ($2)}" is_clean "$1"
 }
