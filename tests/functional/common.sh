@@ -275,8 +275,9 @@ fsyncs() {
 }
 
 # timely DESC CMD...: CMD succeeds, or the result is skipped. Five seconds after the first
-# change since all was clean, which the test knows as $clean_since, there is a commit, whose
+# change since all was clean, which the test has in clean_since, there is a commit, whose
 # barriers count, too.
+clean_since=0
 timely() {
 	if ((SECONDS - clean_since >= 4)); then
 		skip "$1" "too slow"
