@@ -3,7 +3,7 @@
 # An internal snapshot is attached by ID or name, shows what it was taken of, and stays that way.
 # kernels: 6.1 debug
 # quick: 6.1
-# timeout: 300
+# timeout: 450
 
 # shellcheck source=tests/functional/cells.sh
 . "$(dirname "$0")/cells.sh"
