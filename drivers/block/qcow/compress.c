@@ -309,8 +309,7 @@ static int qcow_unpack_fill(struct qcow_image *image,
 			    struct qcow_unpacked *unpacked)
 {
 	u64 size = qcow_file_size(&image->file);
-	u64 old_size = READ_ONCE(image->old_size);
-	u64 host_offset, start;
+	u64 host_offset, start, old_size;
 	struct iov_iter iter;
 	u32 length, skip;
 	int err;
@@ -328,8 +327,10 @@ static int qcow_unpack_fill(struct qcow_image *image,
 						     skip + length);
 		/*
 		 * What a file lacks that has been cut is zero, of which zlib would
-		 * make something.
+		 * make something. Looked at after the read: the entry that led here
+		 * came behind what qcow_take() did.
 		 */
+		old_size = READ_ONCE(image->old_size);
 		if (old_size > host_offset)
 			size = old_size;
 		length = min_t(u64, length,

@@ -658,9 +658,9 @@ static void qcow_image_job_fn(struct work_struct *work)
 
 /*
  * In a worker: the caller may be about to be killed, or may have a limit on the
- * size of files, and neither is a reason to lose what was not flushed. One that is a
- * worker already does it itself: if its queue is being frozen, it is waited for, and
- * must not wait for what does not run any more.
+ * size of files, and neither is a reason to refuse an image, or to lose what was not
+ * flushed. One that is a worker already does it itself: if its queue is being frozen,
+ * it is waited for, and must not wait for what does not run any more.
  */
 static int qcow_image_do(struct qcow_image *image, struct workqueue_struct *wq,
 			 int (*fn)(struct qcow_image *image))

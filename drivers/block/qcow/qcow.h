@@ -497,11 +497,12 @@ struct qcow_image {
 	struct work_struct reclaim_work;
 	struct work_struct corrupt_work;
 
-	u64 old_size;			/* the file's length, when it was opened; 0 */
-					/* once the cluster there has been taken */
-	u64 filled_to;			/* what qcow_image_fill_end() made it, or 0 */
+	u64 filled_to;			/* what qcow_image_fill_end() made the file's */
+					/* length, or 0 */
 
 	struct mutex alloc_mutex;	/* what follows, and the refcounts */
+	u64 old_size;			/* the file's length before any write; 0 once */
+					/* the cluster there was taken. Read without */
 	u32 refcount_order;
 	u32 refblock_bits;		/* log2 of the entries of a refcount block */
 	u64 reftable_offset;

@@ -688,10 +688,10 @@ static int qcow_take(struct qcow_image *image, u64 *cluster, u64 want, u64 limit
 	*zeroed = qcow_known_zero(image, host_offset, len);
 	if (host_offset + len > image->zero_from)
 		image->zero_from = host_offset + len;
-	qcow_note_used(image, host_offset + len);
 	/* What is to be there from now on is not what the file may have lacked. */
 	if (image->old_size - host_offset < len)
 		WRITE_ONCE(image->old_size, 0);
+	qcow_note_used(image, host_offset + len);
 	image->alloc_cursor = *cluster + *got;
 out:
 	qcow_block_put(block);
