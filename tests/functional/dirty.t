@@ -227,6 +227,27 @@ attach "$PWD/errors.qcow2"
 checked "check: of a device that is written" 7 "$DEV"
 like "check: what to do then" "$(<"$WORK/.err")" 'detach it, and qcowctl check --repair'
 checked "check: not of its image" 4 errors.qcow2
+# What timeout(1) and the shell say where they cannot run it is no result of a check.
+no_qemu() (
+	rm -rf no-qemu && mkdir no-qemu && cd no-qemu || exit
+	ln -s "$(command -v timeout)" .
+	"$@"
+)
+# checked_without NAME WANT
+checked_without() {
+	local QCOWCTL=$qcowctl
+
+	PATH=$WORK/no-qemu checked "check: of a device, $1" 1 "$DEV"
+	like "check: $1 is said" "$(<"$WORK/.err")" "$2"
+}
+qcowctl=$(command -v "$QCOWCTL")
+no_qemu true
+checked_without "no qemu-img" 'cannot run qemu-img.*install qemu-utils'
+no_qemu touch qemu-img
+checked_without "one that cannot be run" 'could not check it'
+# shellcheck disable=SC2016
+no_qemu sh -c 'printf "#!/bin/sh\nkill -KILL \$\$\n" >qemu-img && chmod +x qemu-img'
+checked_without "one that is killed" 'could not check it'
 detach
 
 no_kernel_report

@@ -72,6 +72,10 @@ end_check() {
 	wait "$CHECK"
 }
 
+check_waits() {
+	[[ $(ps -o state= "$CHECK") == D ]]
+}
+
 state() {
 	"$QCOWCTL" list -n -o NAME,STATE | awk -v dev="$DEV" '$1 == dev { print $2 }'
 }
@@ -289,6 +293,39 @@ ok "read-only: reads go on" read_some
 end_check
 is "read-only: there is no timeout" $? 0
 detach
+
+# A check that still waits for a write, whose storage hangs, can be killed.
+modprobe -q dm_mod
+if [[ -e /dev/mapper/control ]]; then
+	qemu-img create -q -f qcow2 -o preallocation=metadata hung.qcow2 8M
+	truncate -s 16M hung.qcow2
+	new_loop hung.qcow2 --direct-io=on
+	dmsetup create hung --table "0 $((16 << 11)) linear $LOOP 0" && udevadm settle
+	attach /dev/mapper/hung
+	write_at 2 1
+	dmsetup suspend --noflush --nolockfs hung
+	write_at 2 2 &
+	writer=$!
+	sleep 1
+	rm -f checking
+	PATH=$WORK/bin:$PATH "$QCOWCTL" check "$DEV" >check.out 2>check.err &
+	CHECK=$!
+	ok "hung: the check waits" within 30 check_waits
+	kill -KILL $CHECK
+	ok "hung: until it is killed" within 20 eval "! kill -0 $CHECK 2>/dev/null"
+	not_ok "hung: it has not begun" test -e checking
+	dmsetup resume hung
+	wait $CHECK 2>/dev/null
+	wait $writer
+	is "hung: the write is done" $? 0
+	checked "hung: it can be checked again" 0
+	detach
+	udevadm settle
+	dmsetup remove hung
+	check_clean hung.qcow2
+else
+	skip "a check of a hung device is killed" "no device mapper"
+fi
 
 # A file system, and an image in it
 qemu-img create -q -f qcow2 -o cluster_size=4k lower.qcow2 128M
