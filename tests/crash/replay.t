@@ -60,7 +60,8 @@ if [[ ${QCOW_SOAK-} ]] || (($#)); then
 		'pair-4k-lazy pair 4M cluster_size=4k,lazy_refcounts=on none --jobs 4 --max-io 256k'
 		'pair-16k-ext pair 6M cluster_size=16k,extended_l2=on none --jobs 2'
 		'file-64k-snapshot ext4 6M cluster_size=64k none+snapshot --jobs 2'
-		'file-4k-data-lazy ext4 6M cluster_size=4k,lazy_refcounts=on,data_file_raw=on none+data --jobs 4'
+		'file-4k-data-lazy ext4 6M cluster_size=4k,lazy_refcounts=on none+data --jobs 4'
+		'file-4k-data-raw ext4 6M cluster_size=4k,data_file_raw=on none+data --jobs 4'
 		'file-4k-aes-packed ext4 4M cluster_size=4k packed+aes --jobs 2 --max-io 256k'
 		'xfs-64k-data xfs 6M cluster_size=64k none+data --jobs 2'
 	)
@@ -344,15 +345,19 @@ diag "totals: states=$total"
 (($#)) || ok "there are 200 at least" test "$total" -ge 200
 diag "they are distinct; after $SECONDS s"
 
-# Leaks are allowed after a power cut; more of them are not.
+# Leaks are allowed after a power cut; more of them are not. Where the file had not grown
+# yet, QEMU sees those behind its end only in one that has.
 for case in "${wanted[@]}"; do
 	read_case "$case"
 	key=/dev/null
 	[[ ! $encrypt ]] || key=$dir/key
 	for image in "$again/$name".*.image; do
-		if [[ -e $image ]]; then
-			leaks "$(image_opts "${image%.image}")" >"${image%.image}.leaks"
-		fi
+		[[ -e $image ]] || continue
+		cp --sparse=always "$image" "$fast/grown.image"
+		truncate -s +16M "$fast/grown.image"
+		[[ ! $data ]] || cp --sparse=always "${image%.image}.data" "$fast/grown.data"
+		leaks "$(image_opts "$fast/grown")" >"${image%.image}.leaks"
+		rm "$fast"/grown.*
 	done
 done
 # shellcheck disable=SC2086 # options
