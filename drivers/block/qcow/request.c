@@ -889,17 +889,20 @@ static bool qcow_gate_enter(struct qcow_request *req)
 {
 	struct qcow_device *dev = req->dev;
 	unsigned long flags;
+	bool in;
 
 	req->gated = true;
 	if (likely(percpu_ref_tryget_live(&dev->gate)))
 		return true;
 	spin_lock_irqsave(&dev->gate_lock, flags);
 	/* Still shut: so who opens it has not taken the list yet, and will. */
-	req->gated = percpu_ref_tryget_live(&dev->gate);
-	if (!req->gated)
+	in = percpu_ref_tryget_live(&dev->gate);
+	req->gated = in;
+	if (!in)
 		list_add_tail(&req->held, &dev->gate_held);
 	spin_unlock_irqrestore(&dev->gate_lock, flags);
-	return req->gated;
+	/* On the list it is of who opens the gate, and may be gone by now. */
+	return in;
 }
 
 /**
