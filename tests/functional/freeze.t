@@ -303,6 +303,8 @@ if [[ -e /dev/mapper/control ]]; then
 	dmsetup create hung --table "0 $((16 << 11)) linear $LOOP 0" && udevadm settle
 	attach /dev/mapper/hung
 	write_at 2 1
+	# With the header in the page cache it is the driver that waits.
+	head -c 64k /dev/mapper/hung >/dev/null
 	dmsetup suspend --noflush --nolockfs hung
 	write_at 2 2 &
 	writer=$!
